@@ -1,0 +1,62 @@
+# Set-up happens once, in .venv; every target below that needs it depends on its stamp file.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Tests run in this many processes, with one thread each.
+JOBS ?= 2
+# Examples for each property of `make fuzz`.
+N ?= 2000
+# Further arguments for pytest, the demo or the benchmark: make test ARGS="-k ghost"
+ARGS ?=
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint fuzz bench-cpu clean
+.DELETE_ON_ERROR:
+
+help: ## Show this list.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+# torch goes first and alone: resolved by itself under the constraints, it is the build that this machine's package
+# index prefers (CPU or CUDA). Triton comes with CUDA builds only, but the kernels' interpreter needs it everywhere.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet torch -c constraints.txt
+	$(BIN)/python -m pip install --quiet triton -c constraints.txt
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev]'
+	@touch $@ $(VENV)/.demo
+
+demo: $(VENV)/.demo ## Train a small GPT with DP-SGD on the Python standard library (3 minutes).
+	$(BIN)/python -m examples.demo $(ARGS)
+
+test: $(VENV)/.dev ## Run the tests.
+	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+fuzz: $(VENV)/.dev ## Compare N (2000) random graphs with the per-sample oracle.
+	FLASHNORM_FUZZ_EXAMPLES=$(N) OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 \
+	    $(BIN)/python -m pytest -n $(JOBS) --timeout 0 tests/test_fuzz.py $(ARGS)
+
+bench-cpu: $(VENV)/.dev ## Time a private training step against the compiled non-private one.
+	KINETO_LOG_LEVEL=6 TORCH_CPP_LOG_LEVEL=ERROR $(BIN)/python -m benchmarks.cpu $(ARGS)
+
+# The type checker reads a real installation, made from a wheel in .lint/site: an editable one hides the folders that
+# package-dir maps, and only a real one shows a package or a data file that pyproject.toml forgot.
+lint: $(VENV)/.dev ## Check format, lint rules and types.
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	@rm -rf build .lint
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target .lint/site .
+	@rm -rf build
+	MYPYPATH=.lint/site $(BIN)/mypy -p flashnorm_compile -p benchmarks -p examples
+
+clean: ## Remove the virtual environment, builds and caches.
+	rm -rf $(VENV) build dist .lint *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis examples/output
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

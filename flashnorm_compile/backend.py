@@ -1,0 +1,165 @@
+"""The ``torch.compile`` backends: captured graph in, private graph out.
+
+``flashnorm`` compiles with Inductor. ``flashnorm_eager`` does everything up to code generation and runs the rewritten graphs as
+they are, for debugging ("is Inductor to blame?") and fast tests. Both are found by name through entry points.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch._functorch.config
+from torch import fx, nn
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+from . import config, dump, guard
+from .binding import binding_for
+from .inputs import classify, example_of
+from .options import Options
+from .passes import _compat
+from .passes.errors import GraphBreakError
+from .passes.graph_spec import GraphSpec, InputSpec, Role
+from .passes.private_pass import Observer, PrivateGradientsPass
+
+log = logging.getLogger(__name__)
+CompiledGraph = Callable[..., Any]
+HANDLE = "flashnorm_handle"
+
+
+def flashnorm(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> CompiledGraph:
+    """Backend ``"flashnorm"``: private gradients, compiled by Inductor.
+
+    Args:
+        gm: a graph captured by Dynamo.
+        example_inputs: its example inputs.
+        options: see ``flashnorm_compile.Options``; what is left out comes from ``flashnorm_compile.config``.
+        mode: one of ``torch.compile``'s modes, for Inductor.
+
+    Raises:
+        PrivacyError: (a subclass that says what, where and why) if the gradients cannot be made private. Nothing runs then.
+    """
+    return compile_private(gm, example_inputs, Options.parse(options), mode=mode)
+
+
+def flashnorm_eager(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> CompiledGraph:
+    """Backend ``"flashnorm_eager"``: as ``flashnorm``, without code generation."""
+    return compile_private(gm, example_inputs, Options.parse(options), mode=mode, inner_compile=_compat.run_graph)
+
+
+def compile_private(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    *,
+    mode: str | None = None,
+    inner_compile: Callable[..., Any] = compile_fx_inner,
+    observers: tuple[Observer, ...] = (),
+) -> CompiledGraph:
+    """Compiles one captured graph; graphs that train nothing go to Inductor as they are."""
+    settings = {**_compat.mode_settings(mode), **(options.inductor or {})}
+    nodes = gm.graph.find_nodes(op="placeholder")
+    trains = torch.is_grad_enabled() and any(_is_trainable(example_of(node)) for node in nodes)
+    if not trains:
+        return _compile(gm, example_inputs, inner_compile, settings)
+    _protect(nodes)
+    specs = classify(gm, options.batch_dims)
+    reason = break_reason(gm)
+    gm, inputs = with_handle(gm, example_inputs)
+    spec = graph_spec([*specs, InputSpec(HANDLE, Role.HANDLE)], options)
+    observers = (*observers, *dump.observers(spec))
+    private_pass = PrivateGradientsPass(spec, observers)
+    settings = _compat.with_joint_pass(settings, private_pass)
+    if dump.wanted():
+        settings["force_disable_caches"] = True
+    compiled = _compile(gm, inputs, inner_compile, settings, cache=not dump.wanted())
+    positions = [i for i, given in enumerate(specs) if given.role is Role.PARAMETER]
+    return PrivateGraph(compiled, positions, list(spec.parameters), options, reason)
+
+
+def graph_spec(specs: Sequence[InputSpec], options: Options) -> GraphSpec:
+    algorithm = options.norm_algorithm
+    globs = tuple(algorithm.items()) if isinstance(algorithm, dict) else (("*", algorithm),)
+    return GraphSpec(tuple(specs), globs, options.loss_normalizer, options.loss_reduction)
+
+
+def _compile(
+    gm: fx.GraphModule, inputs: Sequence[Any], inner: Callable[..., Any], settings: dict[str, Any], cache: bool = True
+) -> CompiledGraph:
+    cache = cache and inner is compile_fx_inner
+    with torch._functorch.config.patch({} if cache else {"enable_autograd_cache": False}):
+        return compile_fx(gm, inputs, inner_compile=inner, config_patches=settings or None)
+
+
+def _is_trainable(example: Any) -> bool:
+    return isinstance(example, nn.Parameter) and example.requires_grad
+
+
+def _protect(nodes: Sequence[fx.Node]) -> None:
+    """From here on an optimizer refuses these parameters' gradients unless they are private, even if compiling fails."""
+    parameters = _compat.real_parameters(nodes)
+    guard.protect(list(parameters.values()), list(parameters))
+
+
+def with_handle(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[fx.GraphModule, list[Any]]:
+    """A copy of the graph with one more input, through which it finds its run-time state, and the example inputs with one for it.
+
+    Dynamo goes on using the graph that it captured, so that one stays as it is.
+    """
+    example = _compat.fake_mode_of(gm, example_inputs).from_tensor(torch.zeros((), dtype=torch.int64))
+    gm = _compat.copy_captured(gm)
+    last = gm.graph.find_nodes(op="placeholder")[-1]
+    with gm.graph.inserting_after(last):
+        node = gm.graph.placeholder(HANDLE)
+    node.meta["example_value"] = example
+    node.meta["val"] = example
+    node._dynamo_source = _compat.constant_source(HANDLE)  # type: ignore[attr-defined]
+    gm.recompile()
+    return gm, [*example_inputs, example]
+
+
+def break_reason(gm: fx.GraphModule) -> str | None:
+    """Where and why Dynamo ended this graph early, or ``None``."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not getattr(reason, "graph_break", False):
+        return None
+    frames = [f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}" for frame in reason.user_stack[-1:]]
+    return f"{str(reason.reason).strip()} ({'; '.join(frames)})"
+
+
+class PrivateGraph:
+    """A compiled private graph. Each call looks up the state of the parameters that it is called with."""
+
+    def __init__(
+        self, compiled: CompiledGraph, positions: list[int], names: list[str], options: Options, reason: str | None
+    ) -> None:
+        self.compiled = compiled
+        self.positions = positions
+        self.names = names
+        self.options = options
+        self.reason = reason
+
+    def __call__(self, *args: Any) -> Any:
+        parameters = [args[i] for i in self.positions]
+        binding = binding_for(parameters, self.names, self.options)
+        binding.break_reason = self.reason
+        outputs = self.compiled(*args, binding.handle)
+        guard.watch(outputs, binding)
+        return outputs
+
+
+__all__ = ["GraphBreakError", "compile_private", "config", "flashnorm", "flashnorm_eager"]

@@ -1,0 +1,187 @@
+"""What the backend would do with a model: a table per parameter, or the refusal, without compiling or running anything."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import fx, nn
+
+from .backend import compile_private
+from .dump import plan_rows
+from .options import Options
+from .passes import _compat
+from .passes.errors import PrivacyError
+from .passes.private_pass import Outcome
+
+LOSS_OUTSIDE = (
+    "the loss is computed outside the compiled part, where nothing can check whether it mixes samples. "
+    "Compile model and loss together: step = torch.compile(lambda x, y: loss_fn(model(x), y), backend='flashnorm', options=...)."
+)
+
+
+class _Explained(BaseException):
+    """Stops a compilation once its plan is known. Not an ``Exception``: nothing may swallow it or fall back."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The plan of one captured graph, or why it is refused.
+
+    ``parameters``: a dict per trainable parameter: name, shape, frontier, uses, algorithm, why, flops, bytes_moved, bytes_held
+    (what privacy adds to the step; expressions in the graph's symbols when sizes are dynamic).
+    """
+
+    options: Options
+    batch: str = ""
+    parameters: list[dict[str, Any]] = field(default_factory=list)
+    replaced: list[str] = field(default_factory=list)
+    refused: str | None = None
+    loss_inside: bool = True
+
+    @property
+    def sensitivity(self) -> str:
+        """How far one sample can move the released sum, and the noise on it."""
+        norm, noise = self.options.max_grad_norm, self.options.noise_multiplier
+        scale = "" if self.options.loss_reduction == "sum" else ", then divided by the expected batch size"
+        return f"adding or removing one sample moves the sum by at most {norm:g} (L2); noise N(0, {norm * noise:g}^2) per coordinate{scale}"
+
+    def totals(self) -> dict[str, int | str]:
+        """Sums over the parameters of what privacy adds."""
+        result: dict[str, int | str] = {}
+        for key in ("flops", "bytes_moved", "bytes_held"):
+            values = [row[key] for row in self.parameters]
+            numbers = [value for value in values if isinstance(value, int)]
+            result[key] = sum(numbers) if len(numbers) == len(values) else " + ".join(map(str, values))
+        return result
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values."""
+        return {
+            "batch": self.batch,
+            "parameters": self.parameters,
+            "totals": self.totals(),
+            "sensitivity": self.sensitivity,
+            "replaced": self.replaced,
+            "refused": self.refused,
+            "loss_inside": self.loss_inside,
+        }
+
+    def __str__(self) -> str:
+        console = Console(width=150, record=True, file=_Null())
+        for part in self._parts():
+            console.print(part, highlight=False, markup=False) if isinstance(part, str) else console.print(part)
+        return console.export_text().rstrip()
+
+    def __rich_console__(self, console: Any, options: Any) -> Any:
+        yield from self._parts()
+
+    def _parts(self) -> list[Any]:
+        if self.refused is not None:
+            return ["REFUSED", self.refused]
+        parts: list[Any] = [self._table(), f"clipping: {self.options.clipping}; {self.sensitivity}"]
+        parts += [f"replaced: {text}" for text in self.replaced]
+        return parts if self.loss_inside else [*parts, f"not checked: {LOSS_OUTSIDE}"]
+
+    def _table(self) -> Table:
+        table = Table(title=f"private gradients of {len(self.parameters)} parameters, batch size {self.batch}")
+        for column in ("parameter", "shape", "frontier", "algorithm", "why"):
+            table.add_column(column, overflow="fold")
+        for column in ("FLOPs", "bytes moved", "bytes held"):
+            table.add_column(column, justify="right")
+        for row in self.parameters:
+            shape = "x".join(map(str, row["shape"])) if row["shape"] is not None else "-"
+            uses = f" ({row['uses']} uses)" if row["uses"] > 1 else ""
+            costs = [_short(row[key]) for key in ("flops", "bytes_moved", "bytes_held")]
+            table.add_row(row["name"], shape, row["frontier"] + uses, row["algorithm"], row["why"], *costs)
+        table.add_section()
+        table.add_row("total", "", "", "", "", *[_short(value) for value in self.totals().values()])
+        return table
+
+
+class _Null:
+    """A file that keeps nothing: the console records what it prints."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+    def flush(self) -> None:
+        return None
+
+
+def _short(value: int | str) -> str:
+    if isinstance(value, str):
+        return value if len(value) < 20 else "symbolic"
+    for factor, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:.3g} {unit}"
+    return str(value)
+
+
+def explain(model: Any, *inputs: Any, options: Mapping[str, Any] | None = None, **keywords: Any) -> Report:
+    """Captures ``model(*inputs, **keywords)`` as the backend would and reports what would be done.
+
+    Args:
+        model: a module or function; one that is already compiled is explained as it was before.
+        inputs: one batch, as in training.
+        options: as for the backend.
+
+    Returns:
+        A ``Report``. A model that would be refused gives a report with the refusal's text, not an exception.
+
+    Raises:
+        OptionsError: the options themselves are wrong.
+        ValueError: nothing in the call trains a parameter.
+    """
+    parsed = Options.parse(options)
+    outcomes: list[tuple[Outcome, bool]] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        def stop(stage: str, graph: fx.Graph, outcome: Outcome | None) -> None:
+            if outcome is not None:
+                outcomes.append((outcome, _has_scalar_output(graph)))
+                raise _Explained
+
+        return compile_private(gm, example_inputs, parsed, inner_compile=_compat.run_graph, observers=(stop,))
+
+    target = getattr(model, "_orig_mod", model)
+    if isinstance(target, nn.Module):
+        module = target
+        target = lambda *a, **k: module.forward(*a, **k)  # noqa: E731  (a compiled module's own call would use its own backend)
+    try:
+        with torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.compile(target, backend=backend)(*inputs, **keywords)
+    except _Explained:
+        pass
+    except Exception as error:
+        refusal = _refusal_in(error)
+        if refusal is None:
+            raise
+        return Report(parsed, refused=str(refusal))
+    if not outcomes:
+        raise ValueError("nothing to explain: the call captured no graph with a trainable parameter.")
+    outcome, inside = outcomes[0]
+    replaced = [replacement.text for replacement in outcome.replacements]
+    return Report(parsed, str(outcome.batch), plan_rows(outcome), replaced, loss_inside=inside)
+
+
+def _has_scalar_output(graph: fx.Graph) -> bool:
+    """Whether a differentiable output is one number, which is then taken for the loss."""
+    from torch._functorch._aot_autograd import descriptors as aot
+
+    tangents = [n for n in graph.find_nodes(op="placeholder") if isinstance(n.meta.get("desc"), aot.TangentAOTInput)]
+    return any(node.meta["val"].numel() == 1 for node in tangents)
+
+
+def _refusal_in(error: BaseException | None) -> PrivacyError | None:
+    while error is not None:
+        if isinstance(error, PrivacyError):
+            return error
+        error = getattr(error, "inner_exception", None) or error.__cause__
+    return None

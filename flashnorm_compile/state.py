@@ -1,0 +1,327 @@
+"""Run-time state: clip norm, noise level, counters, and which state covers which parameter.
+
+``privacy(model)`` gives the state to the user; ``binding.binding_for`` connects compiled graphs to it. Everything
+refers to parameters weakly: no model lives longer because it was private.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import itertools
+import os
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .clipping import Layout, layout_for
+from .options import Options, real
+from .passes.errors import OptionsError, PrivacyError
+
+# What state_dict stores: public name -> attribute.
+_COUNTERS = {
+    "steps": "steps",
+    "releases": "_releases",
+    "micro_batches": "_micro_batches",
+    "sensitivity": "_sensitivity",
+}
+_SETTINGS = ("max_grad_norm", "noise_multiplier")
+
+_ordinals = itertools.count()
+# Parameter -> (its state, its index there), and parameters whose gradients an optimizer may use unprotected.
+_owners: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_exempt: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+@dataclass(frozen=True)
+class StepStatistics:
+    """What the last release saw. These are exact functions of the data: not private, for debugging only."""
+
+    batch_size: int
+    clipped_fraction: float
+    """Fraction of the samples that exceeded the norm of at least one clipping group."""
+    nonfinite: int
+    """Samples that contributed nothing because a norm was not finite."""
+
+
+class PrivacyState:
+    """Privacy settings and counters shared by all compiled graphs over one set of parameters.
+
+    ``steps`` counts noised releases, several graphs in one backward pass together as one: what an accountant needs.
+    """
+
+    def __init__(self, declared: bool = False) -> None:
+        self.options: Options | None = None
+        self.declared = declared
+        self.steps = 0
+        self.names: list[str] = []
+        self.revision = 0
+        self._refs: list[weakref.ref[nn.Parameter]] = []
+        self._trainable: list[bool] = []
+        self._layout: Layout | None = None
+        self._overrides: dict[str, float] = {}
+        self._ordinal = next(_ordinals)
+        self._key = os.urandom(32)
+        self._salt = b""
+        self._releases = 0
+        self._micro_batches = 0
+        self._open_accumulations = 0
+        self._backward = -1
+        self._adds_noise = False
+        self._sensitivity = 0.0
+        self._statistics: tuple[Tensor, Tensor | float] | None = None
+
+    @property
+    def max_grad_norm(self) -> float:
+        """C > 0. Takes effect at the next backward pass, without a recompile."""
+        return self._setting("max_grad_norm")
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float) -> None:
+        self._overrides["max_grad_norm"] = real("max_grad_norm", value)
+
+    @property
+    def noise_multiplier(self) -> float:
+        """s >= 0: noise standard deviation over C. Takes effect at the next backward pass, without a recompile."""
+        return self._setting("noise_multiplier")
+
+    @noise_multiplier.setter
+    def noise_multiplier(self, value: float) -> None:
+        self._overrides["noise_multiplier"] = real("noise_multiplier", value, allow_zero=True)
+
+    def _setting(self, name: str) -> float:
+        if name in self._overrides:
+            return self._overrides[name]
+        if self.options is None:
+            raise PrivacyError(
+                f"{name} is not known yet: the model has not been compiled with backend='flashnorm'. "
+                f"Run one forward pass first, or set privacy(model).{name} = ..."
+            )
+        return float(getattr(self.options, name))
+
+    @property
+    def last(self) -> StepStatistics | None:
+        """Statistics of the last release, None before the first. Not private; reading them waits for the device."""
+        if self._statistics is None:
+            return None
+        norms, bounds = self._statistics
+        finite = norms.isfinite().all(1)
+        clipped = ((norms > bounds).any(1) & finite).sum().item()
+        samples = norms.shape[0]
+        return StepStatistics(samples, clipped / max(samples, 1), samples - int(finite.sum().item()))
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Backward passes inside add clipped sums without noise; one outside must follow before the optimizer steps."""
+        self._open_accumulations += 1
+        try:
+            yield
+        finally:
+            self._open_accumulations -= 1
+
+    def exempt(self, *parameters: nn.Parameter | str) -> None:
+        """Lets optimizers use gradients of these parameters although nothing clipped them: they are not protected.
+
+        Takes parameters, or names as this state knows them.
+        """
+        for parameter in parameters:
+            if isinstance(parameter, str):
+                _exempt[self._by_name(parameter)] = True
+            elif isinstance(parameter, nn.Parameter):
+                _exempt[parameter] = True
+            else:
+                raise OptionsError(f"exempt takes parameters or their names; got {type(parameter).__name__}.")
+
+    def _by_name(self, name: str) -> nn.Parameter:
+        found = self._refs[self.names.index(name)]() if name in self.names else None
+        if found is None:
+            near = difflib.get_close_matches(name, self.names, n=1)
+            raise OptionsError(
+                f"This state covers no parameter named {name!r}"
+                + (f" (did you mean {near[0]!r}?)" if near else "")
+                + ". Pass the parameter itself, or call privacy(model) on the model that owns it."
+            )
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters and settings as plain values. The noise key is not among them: it must never be stored."""
+        settings = {name: self._overrides.get(name, getattr(self.options, name, None)) for name in _SETTINGS}
+        return {**{name: getattr(self, attribute) for name, attribute in _COUNTERS.items()}, **settings}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores counters and settings. The noise after it is fresh, even with a seed: none is used twice."""
+        expected = {*_COUNTERS, *_SETTINGS}
+        if set(state) != expected:
+            raise OptionsError(
+                f"load_state_dict needs exactly the keys {sorted(expected)}; got {sorted(state)}. "
+                "Pass what privacy(model).state_dict() returned."
+            )
+        for name, attribute in _COUNTERS.items():
+            setattr(self, attribute, float(state[name]) if name == "sensitivity" else int(state[name]))
+        for name in _SETTINGS:
+            if state[name] is not None:
+                setattr(self, name, state[name])
+        self._salt = os.urandom(32)
+
+    def attach(self, options: Options) -> None:
+        """Takes over the options of the first graph; a later graph must have been compiled with the same ones."""
+        if self.options is None:
+            self.options = options
+            self._trainable = [p is not None and p.requires_grad for p in (ref() for ref in self._refs)]
+            if options.seed is not None:
+                # The ordinal keeps two states of one process apart that were given one seed.
+                text = f"flashnorm seed {options.seed}, state {self._ordinal}"
+                self._key = hashlib.blake2b(text.encode(), digest_size=32).digest()
+            self._changed()
+        elif options != self.options:
+            names = [name for name in vars(options) if getattr(options, name) != getattr(self.options, name)]
+            changes = ", ".join(f"{n}: {getattr(self.options, n)!r} -> {getattr(options, n)!r}" for n in names)
+            raise OptionsError(
+                f"These parameters already train with other options ({changes}), and one model has one privacy state. "
+                "Set privacy(model).max_grad_norm and .noise_multiplier to change those two at any time; for the "
+                "others compile a fresh copy of the model (copy.deepcopy)."
+            )
+
+    def adopt(self, parameters: Sequence[nn.Parameter], names: Sequence[str], rename: bool = False) -> None:
+        """Covers these parameters from now on. Names already known stay, unless ``rename``."""
+        for parameter, name in zip(parameters, names, strict=True):
+            owner = _owners.get(parameter)
+            if owner is None or owner[0] is not self:
+                _owners[parameter] = (self, len(self._refs))
+                self._refs.append(weakref.ref(parameter))
+                self.names.append(name)
+                self._trainable.append(parameter.requires_grad)
+                self._changed()
+            elif rename and self.names[owner[1]] != name:
+                self.names[owner[1]] = name
+                self._changed()
+
+    def absorb(self, other: PrivacyState) -> None:
+        """Takes over the parameters of a state that has not released anything."""
+        if other.options is not None:
+            self.attach(other.options)
+        pairs = [(ref(), name) for ref, name in zip(other._refs, other.names, strict=True)]
+        alive = [(parameter, name) for parameter, name in pairs if parameter is not None]
+        self.adopt([parameter for parameter, _ in alive], [name for _, name in alive])
+        other._changed()
+
+    def indices_of(self, parameters: Sequence[nn.Parameter]) -> list[int]:
+        """Indices of parameters that take part in a private graph, which makes them count as trainable."""
+        indices = [_owners[parameter][1] for parameter in parameters]
+        if not all(self._trainable[index] for index in indices):
+            for index in indices:
+                self._trainable[index] = True
+            self._changed()
+        return indices
+
+    def _changed(self) -> None:
+        self._layout = None
+        self.revision += 1
+
+    @property
+    def released(self) -> bool:
+        """Whether any gradient has been released, noised or not."""
+        return self._releases > 0
+
+    @property
+    def layout(self) -> Layout:
+        """The clipping groups over all parameters; computed anew when parameters were added."""
+        if self._layout is None:
+            assert self.options is not None
+            self._layout = layout_for(self.names, self._trainable, self.options)
+        return self._layout
+
+    def begin_release(self, backward: int, sensitivity: float) -> tuple[int, float]:
+        """Counts one release and decides on its noise: (release number, noise standard deviation).
+
+        All releases of one backward pass are noised or none is. The noise covers the largest ``sensitivity`` since the
+        last noised pass, so that micro-batches of different sizes, or a norm changed between them, cannot weaken it.
+        A noise level of 0.0 means a pass without noise; ``adds_noise`` tells it from noise_multiplier=0.0.
+        """
+        assert self.options is not None
+        self._releases += 1
+        if backward < 0 or backward != self._backward:
+            if self._adds_noise:
+                self._sensitivity = 0.0
+            self._backward = backward
+            self._adds_noise = self._open_accumulations == 0 and self._count_micro_batch(self.options)
+            self.steps += self._adds_noise
+        self._sensitivity = max(self._sensitivity, sensitivity)
+        return self._releases, self.noise_multiplier * self._sensitivity if self._adds_noise else 0.0
+
+    def _count_micro_batch(self, options: Options) -> bool:
+        self._micro_batches += 1
+        return self._micro_batches % options.accumulation_steps == 0
+
+    @property
+    def adds_noise(self) -> bool:
+        """Whether the backward pass that released last adds noise."""
+        return self._adds_noise
+
+    def noise_keys(self, release: int) -> bytes:
+        """16 bytes for each parameter of the state, never the same for two releases, states or processes."""
+        assert self.options is not None
+        # A forked process inherits the key; its number sets it apart. With a seed, repeating runs is the point.
+        process = b"" if self.options.seed is not None else os.getpid().to_bytes(8, "little")
+        material = self._key + self._salt + process + release.to_bytes(8, "little")
+        return hashlib.shake_128(material).digest(16 * len(self._refs))
+
+    def record(self, norms: Tensor, bounds: Tensor | float) -> None:
+        """Keeps float32 norms [B, K] and bounds (a number or [K]) for ``last``."""
+        self._statistics = (norms, bounds)
+
+
+def privacy(model: nn.Module) -> PrivacyState:
+    """The run-time privacy state of a model, compiled or about to be.
+
+    Before the first compiled forward pass this declares that all of the model's parameters share one privacy budget
+    even when they end up in several graphs (needed for clipping="per_layer" or "group" over several graphs).
+
+    Raises:
+        PrivacyError: parts of the model already train under separate states.
+    """
+    if not isinstance(model, nn.Module):
+        raise OptionsError(
+            f"privacy takes the nn.Module whose parameters train, compiled or not; got {type(model).__name__}. "
+            "For a compiled function pass the module that the function calls."
+        )
+    named = [(name.replace("_orig_mod.", ""), parameter) for name, parameter in model.named_parameters()]
+    names, parameters = [name for name, _ in named], [parameter for _, parameter in named]
+    state = common_state(parameters)
+    if not state.released:
+        state.adopt(parameters, names, rename=not state.declared)
+        state.declared = True
+    return state
+
+
+def common_state(parameters: Sequence[nn.Parameter]) -> PrivacyState:
+    """The one state of these parameters: found, made of several that have not released anything, or new.
+
+    Parameters without a state stay without one; ``PrivacyState.adopt`` takes them in.
+    """
+    states = list(dict.fromkeys(_owners[p][0] for p in parameters if p in _owners))
+    if len(states) <= 1:
+        return states[0] if states else PrivacyState()
+    declared = [state for state in states if state.declared]
+    if len(declared) > 1 or any(state.released for state in states):
+        examples = "; ".join(", ".join(state.names[:3]) + ", ..." * (len(state.names) > 3) for state in states[:3])
+        raise PrivacyError(
+            f"These parameters already belong to {len(states)} privacy states ({examples}), each with its own "
+            "counters, and at least one of them is in use. Call flashnorm_compile.privacy(model) once, on the "
+            "outermost module, before the first training step."
+        )
+    target = declared[0] if declared else states[0]
+    for other in states:
+        if other is not target:
+            target.absorb(other)
+    return target
+
+
+def is_exempt(parameter: Tensor) -> bool:
+    """Whether the user said that this parameter may be trained unprotected."""
+    return parameter in _exempt

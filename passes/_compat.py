@@ -1,0 +1,95 @@
+"""Everything that differs between torch 2.11 and 2.15, or that torch does not promise to keep."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._dynamo.source import ConstantSource
+from torch._guards import detect_fake_mode
+from torch._inductor import config as inductor_config
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+
+def mode_settings(mode: str | None) -> dict[str, Any]:
+    """What a ``torch.compile`` mode means for Inductor's config."""
+    return dict(torch._inductor.list_mode_options(mode)) if mode else {}
+
+
+class _Chained(CustomGraphPass):
+    """Several passes where torch takes one (2.11)."""
+
+    def __init__(self, passes: Sequence[Any]) -> None:
+        self.passes = list(passes)
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for one in self.passes:
+            one(graph)
+
+    def uuid(self) -> Any:
+        parts = [one.uuid() if isinstance(one, CustomGraphPass) else None for one in self.passes]
+        return None if any(part is None for part in parts) else tuple(parts)
+
+
+def with_joint_pass(settings: Mapping[str, Any], ours: CustomGraphPass) -> dict[str, Any]:
+    """Inductor settings in which our pass runs first and a user's own passes after it, on the private graph."""
+    key = "joint_custom_pre_pass"
+    users = settings.get(key, getattr(inductor_config, key))
+    others = [] if users is None else list(users) if isinstance(users, (list, tuple)) else [users]
+    return {**settings, key: ours if not others else _Chained([ours, *others])}
+
+
+def run_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+    """An inner compiler that runs the graph as it is."""
+
+    def run(args: list[Any]) -> Any:
+        values = list(args)
+        args.clear()
+        return gm(*values)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+def fake_mode_of(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+    return detect_fake_mode([*example_inputs, *(n.meta.get("example_value") for n in gm.graph.find_nodes(op="placeholder"))])
+
+
+def copy_captured(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a graph that Dynamo captured, with what AOTAutograd looks for on the module and on its inputs."""
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(gm.graph, mapping)
+    graph.output(output)
+    graph.output_node().meta.update(gm.graph.output_node().meta)
+    for old, new in mapping.items():
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+    copied = fx.GraphModule(gm, graph, type(gm).__name__)
+    copied.meta.update(gm.meta)
+    for name in ("_param_name_to_source", "compile_subgraph_reason", "_backend_id"):
+        if hasattr(gm, name):
+            setattr(copied, name, getattr(gm, name))
+    return copied
+
+
+def constant_source(name: str) -> Any:
+    """A source for an input that Dynamo did not make; AOTAutograd asks every input for one."""
+    parameters = inspect.signature(ConstantSource).parameters
+    return ConstantSource(name) if "source_name" in parameters else ConstantSource(name)  # type: ignore[call-arg]
+
+
+def real_parameters(nodes: Sequence[fx.Node]) -> dict[str, nn.Parameter]:
+    """The parameters behind a captured graph's placeholders, by source; empty where Dynamo no longer knows them."""
+    context = torch._guards.TracingContext.try_get()
+    del context
+    found: dict[str, nn.Parameter] = {}
+    for node in nodes:
+        argument = node.meta.get("grapharg")
+        example = getattr(argument, "example", None)
+        if isinstance(example, nn.Parameter) and example.requires_grad:
+            found[node.name] = example
+    return found

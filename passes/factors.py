@@ -1,0 +1,86 @@
+"""Per-sample gradients in factored form, for norms without the gradients themselves.
+
+A matrix product over the samples gives sample b the gradient ``G_b^T A_b`` (``Outer``); an embedding gives it rows of
+``G_b`` at its token ids (``Rows``). Norms of sums of such terms need only inner products of the factors ("ghost norm": Li et
+al. 2022, "Large Language Models Can Be Strong Differentially Private Learners", section 4; for a weight shared by an
+embedding and a matrix product the cross term below makes it exact).
+
+Legend: B samples, T positions, p rows and d columns of the weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Outer:
+    """``sum_t g_btp a_btd``: ``g_btp`` [B, T, p], ``a_btd`` [B, T, d]."""
+
+    g_btp: Tensor
+    a_btd: Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Row ``ids_bt`` receives ``g_btd``: ids [B, T] (int64), values [B, T, d]."""
+
+    ids_bt: Tensor
+    g_btd: Tensor
+
+
+def wide(x: Tensor) -> Tensor:
+    """Norms accumulate in float32 or better."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def squared_norms(terms: Sequence[Outer | Rows]) -> Tensor:
+    """[B]: the squared norm of each sample's sum of terms."""
+    outers = [term for term in terms if isinstance(term, Outer)]
+    rows = [term for term in terms if isinstance(term, Rows)]
+    parts = []
+    if outers:
+        outer = Outer(_joined([o.g_btp for o in outers]), _joined([o.a_btd for o in outers]))
+        parts.append(outer_norms(outer))
+    if rows:
+        row = Rows(torch.cat([r.ids_bt for r in rows], 1), _joined([r.g_btd for r in rows]))
+        parts.append(row_norms(row))
+    if outers and rows:
+        parts.append(2 * cross_products(outer, row))
+    return sum(parts[1:], parts[0])
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Several uses of one weight are one longer contraction."""
+    return wide(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
+
+
+def outer_norms(term: Outer) -> Tensor:
+    """``||G_b^T A_b||^2 = sum_ts (g_t . g_s)(a_t . a_s)``."""
+    if term.g_btp.shape[1] == 1:
+        return term.g_btp.square().sum((1, 2)) * term.a_btd.square().sum((1, 2))
+    grams = torch.bmm(term.g_btp, term.g_btp.mT) * torch.bmm(term.a_btd, term.a_btd.mT)
+    return grams.sum((1, 2))
+
+
+def row_norms(term: Rows) -> Tensor:
+    """Equal ids are brought together by a sort and added before squaring: O(B T d), no [B, V, d] and no [T, T]."""
+    batch, length, width = term.g_btd.shape
+    ids, order = torch.sort(term.ids_bt, dim=1, stable=True)
+    starts = torch.cat([torch.zeros_like(ids[:, :1]), (ids[:, 1:] != ids[:, :-1]).long()], 1)
+    segments = starts.cumsum(1) + torch.arange(batch, device=ids.device)[:, None] * length
+    values = torch.gather(term.g_btd, 1, order[:, :, None].expand(-1, -1, width))
+    sums = values.new_zeros(batch * length, width).index_put((segments.reshape(-1),), values.reshape(-1, width), accumulate=True)
+    return sums.square().reshape(batch, length * width).sum(1)
+
+
+def cross_products(outer: Outer, row: Rows) -> Tensor:
+    """``<sum_s g_s a_s^T, sum_t e_{id_t} h_t^T> = sum_ts (h_t . a_s) g_s[id_t]``."""
+    weights_bts = torch.bmm(row.g_btd, outer.a_btd.mT)
+    ids = row.ids_bt[:, :, None].expand(-1, -1, outer.g_btp.shape[1])
+    at_ids_bts = torch.gather(outer.g_btp.mT, 1, ids)
+    return (weights_bts * at_ids_bts).sum((1, 2))

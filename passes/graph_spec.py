@@ -1,0 +1,42 @@
+"""What the backend knows about a captured graph before it is differentiated: the role of every input, and the settings
+that are baked into the rewritten graph. Everything else (norms, noise, accumulation) is run-time state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal
+
+Algorithm = Literal["auto", "materialize", "ghost"]
+
+
+class Role(Enum):
+    PARAMETER = "trainable parameter"
+    PUBLIC = "public"
+    PRIVATE = "private"
+    SCALAR = "private number"
+    HANDLE = "run-time state"
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One graph input, in the order of the captured graph. ``dim``: the sample dimension of a private one."""
+
+    name: str
+    role: Role
+    dim: int = 0
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """``norm_algorithm``: (glob, algorithm) pairs, first match wins. ``loss_normalizer``: counted elements per sample."""
+
+    inputs: tuple[InputSpec, ...]
+    norm_algorithm: tuple[tuple[str, Algorithm], ...] = (("*", "auto"),)
+    loss_normalizer: float | None = None
+    loss_reduction: Literal["mean", "sum"] = "mean"
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the trainable parameters, in input order: the order of norms, factors and noise keys."""
+        return tuple(spec.name for spec in self.inputs if spec.role is Role.PARAMETER)

@@ -1,0 +1,143 @@
+"""Batch-dependent loss normalisers, such as a token count: proven to scale every gradient alike, and replaced by a fixed one.
+
+Dividing the loss by a count over the whole batch makes every sample's gradient depend on the other samples' lengths. The
+type analysis carries such numbers along as factors; when all gradients end with the same factor, it is a uniform scale, and a
+constant in its place leaves the samples independent.
+"""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from .errors import OptionsError
+from .graph_spec import GraphSpec, Role
+from .match import gradient_outputs
+from .refusal import mixing_error, source_line
+from .rules import Context
+from .sample_types import Expr, Mixed, PerSample, Public, SampleSum, quotient
+from .type_samples import placeholder_specs
+
+aten = torch.ops.aten
+
+
+class LossNormalizerWarning(UserWarning):
+    """A batch-dependent normaliser of the loss was replaced by a fixed one."""
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What was replaced, for reports: the source line, and the fixed number per sample."""
+
+    node: str
+    source: str
+    per_sample: float | Expr
+    text: str
+
+
+def normalize_loss_pass(graph: fx.Graph, spec: GraphSpec, ctx: Context) -> list[Replacement]:
+    """Replaces uniform batch-dependent factors in place; the caller types the graph again if anything was replaced.
+
+    Raises:
+        SampleMixingError: the factor is not the same for all gradients.
+        OptionsError: nothing says what the fixed normaliser should be.
+    """
+    gradients = [(name, node) for _, name, node in gradient_outputs(graph, spec) if node is not None]
+    scales = {ctx.type(node).scale for _, node in gradients if not _without_scale(ctx, node)}
+    if not any(scales):
+        return []
+    if len(scales) > 1:
+        name, node = next((n, g) for n, g in gradients if ctx.type(g).scale)
+        key = ctx.type(node).scale[0][0]
+        raise mixing_error(f"the gradient of {name!r}", Mixed(ctx.scalars[key], "a batch-dependent number scales some of the gradients, not all"))
+    reached = _ancestors([node for _, node in gradients])
+    return [_replace(graph, spec, ctx, key, reached) for key, _ in next(iter(scales))]
+
+
+def _without_scale(ctx: Context, node: fx.Node) -> bool:
+    type_ = ctx.type(node)
+    return isinstance(type_, Mixed) or (isinstance(type_, Public) and (type_.zero or not type_.scale))
+
+
+def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending += node.all_input_nodes
+    return found
+
+
+def _replace(graph: fx.Graph, spec: GraphSpec, ctx: Context, key: str, reached: set[fx.Node]) -> Replacement:
+    scalar = ctx.scalars[key]
+    per_sample: Any = spec.loss_normalizer if spec.loss_normalizer is not None else counted_per_sample(ctx, scalar)
+    if per_sample is None:
+        raise OptionsError(
+            f"the loss is scaled by a number that depends on the whole batch ({scalar.name}, {source_line(scalar) or 'an input'}), and nothing "
+            "says what a fixed one should be.\nSet loss_normalizer to the number of counted elements (tokens) per sample that each "
+            "sample's loss is to be divided by, for example the sequence length."
+        )
+    twins = [node for node in graph.nodes if node is scalar or _same_value(ctx, node, key)]
+    for node in twins:
+        constant = _constant(graph, spec, ctx, node, per_sample)
+        for user in list(node.users):
+            if user in reached and user.op != "output":
+                user.replace_input_with(node, constant)
+    shown = per_sample if spec.loss_reduction == "sum" else f"{per_sample} per sample"
+    text = (
+        f"the loss is scaled by a number that depends on the whole batch, at {source_line(scalar) or scalar.name}. It scales every gradient alike "
+        f"and was replaced by a fixed normaliser ({shown}), so that samples stay independent. Set loss_normalizer to choose another."
+    )
+    warnings.warn(text, LossNormalizerWarning, stacklevel=2)
+    return Replacement(scalar.name, source_line(scalar), per_sample, text)
+
+
+def _same_value(ctx: Context, node: fx.Node, key: str) -> bool:
+    return node.op == "call_function" and f"value{ctx._value_number(node)}" == key
+
+
+def counted_per_sample(ctx: Context, scalar: fx.Node) -> Expr | None:
+    """How many elements of one sample a count can reach: the size of what is summed, over the batch size."""
+    node: Any = scalar
+    while isinstance(node, fx.Node) and node.op == "call_function":
+        source = node.args[0] if node.args else None
+        if node.target in (aten.sum.default, aten.sum.dim_IntList) and isinstance(ctx.type(source), PerSample):
+            counts = not source.meta["val"].is_floating_point()
+            return quotient(sympy.Mul(*ctx.shape(source)), ctx.batch) if counts else None
+        if not isinstance(ctx.type(node), (SampleSum, Mixed)):
+            return None
+        node = source
+    return None
+
+
+def _constant(graph: fx.Graph, spec: GraphSpec, ctx: Context, node: fx.Node, per_sample: Any) -> fx.Node:
+    """A tensor of the scalar's shape that holds ``per_sample`` (times the batch size, for a mean)."""
+    value = node.meta["val"]
+    dtype = value.dtype if isinstance(value, torch.Tensor) and value.dtype.is_floating_point else torch.get_default_dtype()
+    total = sympy.sympify(per_sample) * (ctx.batch if spec.loss_reduction == "mean" else 1)
+    first = next(n for n in graph.nodes if n.op != "placeholder")
+    with graph.inserting_before(first if node.op == "placeholder" else node.next):
+        number: Any = float(total) if total.is_number else _symbolic(graph, spec, ctx, float(sympy.cancel(total / ctx.batch)))
+        constant = graph.call_function(aten.full.default, (list(value.shape), number), {"dtype": dtype, "device": value.device})
+    mode = value.fake_mode
+    with mode:
+        constant.meta["val"] = torch.empty(value.shape, dtype=dtype, device=value.device)
+    return constant
+
+
+def _symbolic(graph: fx.Graph, spec: GraphSpec, ctx: Context, factor: float) -> fx.Node:
+    """``B * factor`` for a symbolic batch size, read off a private input."""
+    source, given = next((n, g) for n, g in placeholder_specs(graph, spec) if g.role is Role.PRIVATE)
+    size = graph.call_function(aten.sym_size.int, (source, given.dim))
+    size.meta["val"] = source.meta["val"].shape[given.dim]
+    number = graph.call_function(operator.mul, (size, factor))
+    number.meta["val"] = size.meta["val"] * factor
+    return number

@@ -1,0 +1,98 @@
+"""The joint-graph pass that Inductor runs: type -> normalize -> match -> plan -> rewrite, each step a function of its own."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import fx
+from torch._dynamo.utils import dynamo_timed
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+from .graph_spec import GraphSpec
+from .match import ParameterGradient, gradient_outputs, match_gradients
+from .normalize_loss import Replacement, normalize_loss_pass
+from .plan import ParameterPlan, plan_gradients
+from .rewrite import rewrite_gradients
+from .rules import Context
+from .type_samples import annotate, batch_size, type_samples
+
+# Called with a stage ("before", "typed", "after"), the graph, and what is known by then.
+Observer = Callable[[str, fx.Graph, "Outcome | None"], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the pass decided, for reports."""
+
+    batch: Any
+    plans: list[ParameterPlan]
+    replacements: list[Replacement]
+
+
+class PrivateGradientsPass(CustomGraphPass):
+    """Makes the parameter gradients of a joint graph private.
+
+    Guarantee: after the pass every trainable parameter's gradient output is a clipped sum plus noise, or depends on no sample;
+    otherwise the pass raises and nothing is compiled.
+    """
+
+    def __init__(self, spec: GraphSpec, observers: tuple[Observer, ...] = ()) -> None:
+        self.spec = spec
+        self.observers = observers
+
+    def __call__(self, graph: fx.Graph) -> None:
+        with dynamo_timed("flashnorm.private_gradients_pass"):
+            self._show("before", graph, None)
+            ctx, replacements = self._typed(graph)
+            annotate(graph, ctx)
+            self._show("typed", graph, None)
+            with dynamo_timed("flashnorm.match_and_plan"):
+                gradients = match_gradients(graph, self.spec, ctx) if ctx.types else _empty_batch(graph, self.spec)
+                plans = plan_gradients(gradients, self.spec, ctx)
+            with dynamo_timed("flashnorm.rewrite"):
+                rewrite_gradients(graph, self.spec, ctx, plans)
+            self._show("after", graph, Outcome(ctx.batch, plans, replacements))
+
+    def _typed(self, graph: fx.Graph) -> tuple[Context, list[Replacement]]:
+        batch = batch_size(graph, self.spec)
+        if batch == 0:
+            return Context(batch, {}), []
+        with dynamo_timed("flashnorm.type_samples"):
+            ctx = type_samples(graph, self.spec)
+            replacements = normalize_loss_pass(graph, self.spec, ctx)
+            if replacements:
+                ctx = type_samples(graph, self.spec)
+        return ctx, replacements
+
+    def _show(self, stage: str, graph: fx.Graph, outcome: Outcome | None) -> None:
+        for observer in self.observers:
+            observer(stage, graph, outcome)
+
+    def uuid(self) -> bytes:
+        """Covers our sources and everything that changes the rewritten graph, for Inductor's and AOTAutograd's caches."""
+        return hashlib.sha256(source_digest() + repr(self.spec).encode()).digest()
+
+
+def _empty_batch(graph: fx.Graph, spec: GraphSpec) -> list[ParameterGradient]:
+    """No sample, so no share of any: every gradient is noise alone."""
+    rows = {name: row for row, name in enumerate(spec.parameters)}
+    return [ParameterGradient(name, rows[name], position, value) for position, name, value in gradient_outputs(graph, spec)]
+
+
+@cache
+def source_digest() -> bytes:
+    """A hash of the sources that decide what is compiled: the passes and the templates."""
+    digest = hashlib.sha256()
+    here = Path(__file__).parent
+    from .. import templates
+
+    for folder in (here, Path(templates.__file__).parent):
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in (".py", ".cpp"):
+                digest.update(path.name.encode() + path.read_bytes())
+    return digest.digest()

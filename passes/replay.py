@@ -1,0 +1,186 @@
+"""Runs pieces of a joint graph again on other values: one sample at a time, or with one operand scaled per sample."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from .match import Use
+from .sample_types import Axis
+
+aten, prims = torch.ops.aten, torch.ops.prims
+Values = dict[fx.Node, Any]
+Batch = int | torch.SymInt
+
+
+def samples_first(x: Tensor, axis: Axis, batch: Batch) -> Tensor:
+    """``[.., outer * B * inner, ..]`` as ``[B, .., outer * inner, ..]``: slice b is sample b's part, its layout kept."""
+    size = x.shape[axis.dim]
+    inner = _size(axis, size, batch)
+    outer = size // (batch * inner)
+    if _is_one(outer):
+        split = x.unflatten(axis.dim, (batch, inner)) if not _is_one(inner) else x.unsqueeze(axis.dim + 1)
+        return split.movedim(axis.dim, 0)
+    split = x.unflatten(axis.dim, (outer, batch, inner)).movedim(axis.dim + 1, 0)
+    return split.flatten(axis.dim + 1, axis.dim + 2)
+
+
+def along_axis(per_sample: Tensor, axis: Axis, x: Tensor) -> Tensor:
+    """A [B] tensor stretched along the sample dimension of x, shaped to broadcast against it."""
+    batch = per_sample.shape[0]
+    size = x.shape[axis.dim]
+    inner = _size(axis, size, batch)
+    stretched = per_sample.view(1, batch, 1).expand(size // (batch * inner), batch, inner).reshape(size)
+    return stretched.view(size, *[1] * (x.dim() - axis.dim - 1))
+
+
+def _is_one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1
+
+
+def _size(axis: Axis, size: Any, batch: Any) -> Any:
+    """``axis.inner`` as a number that tracing understands."""
+    if axis.inner.is_Integer:
+        return int(axis.inner)
+    shape_env = next(s.node.shape_env for s in (size, batch) if isinstance(s, torch.SymInt))
+    return shape_env.create_symintnode(axis.inner, hint=None)
+
+
+# Operators that vmap has no rule for, as operators that it has.
+def _masked_put(x: Tensor, mask: Tensor, indices: Sequence[Tensor | None], values: Tensor) -> Tensor:
+    clamped = [i if i is None else torch.where(_like(mask, i), i, 0) for i in indices]
+    return aten.index_put(x, clamped, torch.where(mask, values, 0), True)
+
+
+def _like(mask: Tensor, index: Tensor) -> Tensor:
+    while mask.dim() > index.dim() and mask.shape[-1] == 1:
+        mask = mask.squeeze(-1)
+    return mask
+
+
+SUBSTITUTES: dict[Any, Callable[..., Any]] = {
+    prims.convert_element_type.default: lambda x, dtype: x.to(dtype),
+    prims.device_put.default: lambda x, device, *_: x.to(device),
+    aten._unsafe_masked_index_put_accumulate.default: _masked_put,
+    aten._unsafe_index_put.default: aten.index_put.default,
+    aten._unsafe_view.default: lambda x, size: x.reshape(size),
+    aten.view.default: lambda x, size: x.reshape(size),
+}
+
+
+def call(target: Any, args: Any, kwargs: Any) -> Any:
+    return SUBSTITUTES.get(target, target)(*args, **kwargs)
+
+
+def lookup(tree: Any, values: Values) -> Any:
+    return fx.node.map_arg(tree, values.__getitem__)
+
+
+def shares(use: Use, values: Values, batch: Batch) -> Tensor:
+    """``[B, *out]``: what each sample adds to the reduction."""
+    if use.operation.target is aten.convolution_backward.default:
+        return _convolution_shares(use, values, batch)
+    leaves, tree = pytree.tree_flatten((use.operation.args, use.operation.kwargs))
+    leaves = [values[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
+    positions = sorted(use.axes)
+
+    def one(*slices: Tensor) -> Tensor:
+        own = list(leaves)
+        for position, part in zip(positions, slices):
+            own[position] = part
+        args, kwargs = pytree.tree_unflatten(own, tree)
+        return call(use.operation.target, args, kwargs)
+
+    return torch.vmap(one)(*(samples_first(leaves[i], use.axes[i], batch) for i in positions))
+
+
+def _convolution_shares(use: Use, values: Values, batch: Batch) -> Tensor:
+    grad, source, weight, _, *settings = lookup(use.operation.args, values)
+    if use.node.args[1] == 2:
+        return grad.flatten(2).sum(2)
+    return torch.ops.flashnorm.conv_weight_grads(grad, source, list(weight.shape), *settings[:-1])
+
+
+def tail_per_sample(tail: Sequence[fx.Node], uses: Sequence[Use], values: Values, batch: Batch, result: fx.Node) -> Tensor:
+    """``[B, *parameter]``: each sample's gradient, the linear tail run on each sample's shares."""
+    parts = [shares(use, values, batch) for use in uses]
+    if not tail:
+        return parts[0]
+    return torch.vmap(lambda *own: run_tail(tail, uses, own, values, result, narrow=True))(*parts)
+
+
+def run_tail(
+    tail: Sequence[fx.Node], uses: Sequence[Use], parts: Sequence[Tensor], values: Values, result: fx.Node, narrow: bool
+) -> Tensor:
+    """The tail on other values of its uses. With ``narrow=False`` casts to a narrower float are left out."""
+    here = dict(values)
+    here.update({use.node: part for use, part in zip(uses, parts)})
+    for node in tail:
+        args, kwargs = lookup((node.args, node.kwargs), _Chain(here))
+        if not narrow:
+            args, kwargs = _widened(node, args, kwargs)
+            if args is None:
+                here[node] = kwargs
+                continue
+        here[node] = call(node.target, args, kwargs)
+    return here[result]
+
+
+class _Chain(dict):  # type: ignore[type-arg]
+    """Values by node; a missing one is a bug in the tail's operands."""
+
+    def __init__(self, values: Values) -> None:
+        super().__init__(values)
+
+
+_MOVES = {
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.permute.default, aten.t.default, aten.transpose.int,
+    aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.expand.default, aten.clone.default,
+    aten.alias.default, aten.add.Tensor, operator.getitem,
+}  # fmt: skip
+
+
+def _widened(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    """Operands as the node expects them, except that pure moves and sums stay in the wider type they arrive in."""
+    if node.target in (prims.convert_element_type.default, aten._to_copy.default):
+        old, new = args[0].dtype, node.meta["val"].dtype
+        return (None, args[0]) if new.itemsize < old.itemsize else (args, kwargs)
+    if node.target in _MOVES:
+        return args, kwargs
+
+    def narrowed(original: Any, value: Any) -> Any:
+        if isinstance(original, fx.Node) and isinstance(value, Tensor):
+            wanted = original.meta["val"].dtype
+            return value.to(wanted) if value.dtype != wanted else value
+        return value
+
+    flat, tree = pytree.tree_flatten((node.args, node.kwargs))
+    given = pytree.tree_leaves((args, kwargs))
+    return pytree.tree_unflatten([narrowed(o, v) for o, v in zip(flat, given)], tree)
+
+
+def clipped_use(use: Use, values: Values, factors: Tensor) -> Tensor:
+    """The reduction with each sample's share multiplied by its factor; a share with factor 0 counts as exactly 0.
+
+    ``factors`` [B], float32. Narrow operands are widened, so that the sum over samples is not rounded before the noise.
+    """
+    leaves, tree = pytree.tree_flatten((use.operation.args, use.operation.kwargs))
+    leaves = [values[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
+    keep = factors != 0
+    for position, leaf in enumerate(leaves):
+        if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
+            continue
+        wide = leaf.float() if leaf.dtype in (torch.bfloat16, torch.float16) else leaf
+        if position in use.axes:
+            axis = use.axes[position]
+            if position == use.linear:
+                wide = wide * along_axis(factors, axis, leaf).to(wide.dtype)
+            wide = torch.where(along_axis(keep, axis, leaf), wide, 0)
+        leaves[position] = wide
+    args, kwargs = pytree.tree_unflatten(leaves, tree)
+    return call(use.operation.target, args, kwargs)

@@ -1,0 +1,19 @@
+"""One rule per ATen operator or family. Importing this package fills the table."""
+
+from . import blocks, contractions, indexing, pointwise, reductions, views
+from .registry import RULES, Context, Result, Rule, register_rule, rule
+
+__all__ = [
+    "RULES",
+    "Context",
+    "Result",
+    "Rule",
+    "blocks",
+    "contractions",
+    "indexing",
+    "pointwise",
+    "reductions",
+    "register_rule",
+    "rule",
+    "views",
+]

@@ -1,0 +1,142 @@
+"""Matrix products. Each operand dimension has a letter; a sample axis on a contracted letter becomes a sum over samples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..sample_types import Affine, Axis, Mixed, PerSample, Public, SampleSum, SampleType, scale_product
+from .join import NONLINEAR_SUM, SUM_TIMES_SAMPLE, is_zero
+from .registry import Context, Result, rule
+
+aten = torch.ops.aten
+
+
+def contract(ctx: Context, node: fx.Node, equation: str, left: Any, right: Any) -> SampleType:
+    """The type of a two-operand Einstein sum."""
+    operands, out = equation.split("->")
+    letters = operands.split(",")
+    mixed = ctx.first_mixed((left, right))
+    if mixed is not None:
+        return mixed
+    types = [ctx.type(left), ctx.type(right)]
+    scale = scale_product(*(type_.scale for type_ in types))
+    if any(isinstance(type_, (SampleSum, Affine)) for type_ in types):
+        if sum(isinstance(type_, SampleSum) for type_ in types) == 1 and any(isinstance(t, Public) for t in types):
+            return SampleSum(scale)
+        return ctx.mixed(node, SUM_TIMES_SAMPLE if any(isinstance(t, PerSample) for t in types) else NONLINEAR_SUM)
+    found: tuple[str, Any] | None = None
+    for type_, names in zip(types, letters):
+        if isinstance(type_, PerSample):
+            here = (names[type_.axis.dim], type_.axis.inner)
+            if found is not None and here != found and ctx.batch != 1:
+                return ctx.mixed(node, "a matrix product multiplies values of different samples with each other")
+            found = found or here
+    if found is None:
+        return Public(zero=is_zero(ctx, left) or is_zero(ctx, right), scale=scale)
+    letter, inner = found
+    return PerSample(Axis(out.index(letter), inner), scale) if letter in out else SampleSum(scale)
+
+
+EQUATIONS = {
+    aten.mm.default: "ij,jk->ik",
+    aten.bmm.default: "bij,bjk->bik",
+    aten.mv.default: "ij,j->i",
+    aten.dot.default: "i,i->",
+    aten.vdot.default: "i,i->",
+}
+
+
+@rule(*EQUATIONS)
+def matrix_product(ctx: Context, node: fx.Node) -> Result:
+    return contract(ctx, node, EQUATIONS[node.target], node.args[0], node.args[1])
+
+
+@rule(aten.addmm.default, aten.baddbmm.default, aten.addmv.default)
+def matrix_product_plus(ctx: Context, node: fx.Node) -> Result:
+    equation = {aten.addmm.default: "ij,jk->ik", aten.baddbmm.default: "bij,bjk->bik", aten.addmv.default: "ij,j->i"}
+    bias, left, right = node.args[:3]
+    return add_types(ctx, node, contract(ctx, node, equation[node.target], left, right), bias)
+
+
+def add_types(ctx: Context, node: fx.Node, type_: SampleType, bias: Any) -> SampleType:
+    """The type of a computed term plus an operand that broadcasts against it."""
+    other = ctx.type(bias)
+    if is_zero(ctx, bias) or isinstance(type_, Mixed):
+        return type_
+    if isinstance(other, Mixed):
+        return other
+    if type_.scale != other.scale:
+        return ctx.mixed(node, "terms that are scaled by different batch-dependent numbers are added")
+    if isinstance(other, Public):
+        if isinstance(type_, (Public, PerSample)) and not type_.scale:
+            return Public() if isinstance(type_, Public) else type_
+        return ctx.mixed(node, "a term that belongs to no sample is added to a sum over the samples")
+    if isinstance(other, PerSample):
+        axis = Axis(other.axis.dim + len(ctx.shape(node)) - len(ctx.shape(bias)), other.axis.inner)
+        if isinstance(type_, Public) and not type_.scale:
+            return PerSample(axis)
+        if isinstance(type_, PerSample) and type_.axis == axis:
+            return type_
+    return ctx.mixed(node, NONLINEAR_SUM)
+
+
+@rule(aten.convolution)
+def convolution(ctx: Context, node: fx.Node) -> Result:
+    source, weight, bias = node.args[:3]
+    found = _over_samples(ctx, node, source, weight)
+    return found if bias is None else add_bias(ctx, node, found, bias)
+
+
+def add_bias(ctx: Context, node: fx.Node, found: SampleType, bias: Any) -> SampleType:
+    other = ctx.type(bias)
+    if isinstance(found, Mixed) or (isinstance(other, Public) and not found.scale and not isinstance(found, SampleSum)):
+        return found
+    return other if isinstance(other, Mixed) else ctx.mixed(node, "the bias of a convolution depends on samples")
+
+
+def _over_samples(ctx: Context, node: fx.Node, source: Any, weight: Any) -> SampleType:
+    """Input ``[N, C, ...]``: samples along N pass through a public kernel; a kernel that is a sum acts linearly."""
+    mixed = ctx.first_mixed((source, weight))
+    if mixed is not None:
+        return mixed
+    one, two = ctx.type(source), ctx.type(weight)
+    scale = scale_product(one.scale, two.scale)
+    if isinstance(one, Public) and isinstance(two, Public):
+        return Public(zero=one.zero or two.zero, scale=scale)
+    if isinstance(two, Public) and isinstance(one, PerSample):
+        if one.axis.dim == 0:
+            return PerSample(one.axis, scale)
+        return ctx.mixed(node, "a convolution runs over the sample axis (the samples are not along the first dimension)")
+    if (isinstance(one, SampleSum) and isinstance(two, Public)) or (isinstance(one, Public) and isinstance(two, SampleSum)):
+        return SampleSum(scale)
+    return ctx.mixed(node, "the kernel of a convolution depends on samples")
+
+
+@rule(aten.convolution_backward)
+def convolution_backward(ctx: Context, node: fx.Node) -> Result:
+    grad, source, weight = node.args[:3]
+    to_input = _over_samples(ctx, node, grad, weight)
+    mixed = ctx.first_mixed((grad, source))
+    if mixed is not None:
+        return mixed, mixed, mixed
+    one, two = ctx.type(grad), ctx.type(source)
+    scale = scale_product(one.scale, two.scale)
+    to_weight: SampleType
+    if isinstance(one, PerSample) and isinstance(two, (PerSample, Public)):
+        same = not isinstance(two, PerSample) or one.axis == two.axis
+        to_weight = SampleSum(scale) if same and one.axis.dim == 0 else ctx.mixed(node, "a convolution runs over the sample axis")
+    elif isinstance(one, Public) and isinstance(two, PerSample) and two.axis.dim == 0:
+        to_weight = SampleSum(scale)
+    elif isinstance(one, SampleSum) and isinstance(two, Public):
+        to_weight = SampleSum(scale)
+    elif isinstance(one, Public) and isinstance(two, Public):
+        to_weight = Public(scale=scale)
+    else:
+        to_weight = ctx.mixed(node, NONLINEAR_SUM)
+    to_bias: SampleType = one
+    if isinstance(one, PerSample):
+        to_bias = SampleSum(one.scale) if one.axis.dim == 0 else ctx.mixed(node, "a convolution runs over the sample axis")
+    return to_input, to_weight, to_bias

@@ -1,0 +1,166 @@
+"""How types of several operands combine: side by side (pointwise), by addition, by multiplication, along dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import fx
+
+from ..sample_types import (
+    PUBLIC,
+    Affine,
+    Axis,
+    Mixed,
+    PerSample,
+    Public,
+    SampleSum,
+    SampleType,
+    scale_inverse,
+    scale_product,
+)
+from .registry import Context
+
+NONLINEAR_SUM = "a sum over the samples is used in a way that is not linear, so one sample's share depends on the others"
+NONLINEAR_SCALE = "a value scaled by a number that depends on the whole batch is used in a way that is not linear"
+TWO_AXES = "it combines values of different samples: their sample axes do not line up"
+PUBLIC_TERM = "a term that belongs to no sample is added to a sum over the samples"
+SUM_TIMES_SAMPLE = "a sum over all samples meets the values of single samples"
+
+
+def broadcast_axis(ctx: Context, arg: Any, type_: PerSample, rank: int) -> Axis:
+    """The operand's axis as a dimension of the broadcast result."""
+    return Axis(type_.axis.dim + rank - len(ctx.shape(arg)), type_.axis.inner)
+
+
+def common_axis(ctx: Context, node: fx.Node, args: Sequence[Any], rank: int) -> Axis | Mixed | None:
+    """The axis on which all per-sample operands of an elementwise operation agree."""
+    found: Axis | None = None
+    for arg in args:
+        type_ = ctx.type(arg)
+        if not isinstance(type_, PerSample):
+            continue
+        axis = broadcast_axis(ctx, arg, type_, rank)
+        if found is not None and axis != found and not _same_for_one_sample(ctx, axis, found):
+            return ctx.mixed(node, TWO_AXES)
+        found = found or axis
+    return found
+
+
+def _same_for_one_sample(ctx: Context, one: Axis, other: Axis) -> bool:
+    return ctx.batch == 1
+
+
+def pointwise(ctx: Context, node: fx.Node, args: Iterable[Any]) -> SampleType:
+    """Any elementwise function."""
+    args = [arg for arg in args if isinstance(arg, fx.Node)]
+    mixed = ctx.first_mixed(args)
+    if mixed is not None:
+        return mixed
+    types = [ctx.type(arg) for arg in args]
+    if any(isinstance(type_, (SampleSum, Affine)) for type_ in types):
+        return ctx.mixed(node, NONLINEAR_SUM)
+    if any(type_.scale for type_ in types):
+        return ctx.mixed(node, NONLINEAR_SCALE)
+    axis = common_axis(ctx, node, args, len(ctx.shape(node)))
+    if isinstance(axis, Mixed):
+        return axis
+    return PerSample(axis) if axis is not None else PUBLIC
+
+
+def additive(ctx: Context, node: fx.Node, args: Sequence[Any]) -> SampleType:
+    """A sum, or a choice, of elementwise terms: linear in all of them together."""
+    args = [arg for arg in args if not (isinstance(ctx.type(arg), Public) and is_zero(ctx, arg))]
+    mixed = ctx.first_mixed(args)
+    if mixed is not None:
+        return mixed
+    if not args:
+        return Public(zero=True)
+    types = [ctx.type(arg) for arg in args]
+    if any(type_.scale != types[0].scale for type_ in types):
+        return ctx.mixed(node, "terms that are scaled by different batch-dependent numbers are added")
+    scale = types[0].scale
+    sums = [isinstance(type_, SampleSum) for type_ in types]
+    if any(sums):
+        if all(sums):
+            return SampleSum(scale)
+        return ctx.mixed(node, SUM_TIMES_SAMPLE if any(isinstance(t, PerSample) for t in types) else PUBLIC_TERM)
+    if any(isinstance(type_, Affine) for type_ in types):
+        return ctx.mixed(node, NONLINEAR_SUM)
+    axis = common_axis(ctx, node, args, len(ctx.shape(node)))
+    if isinstance(axis, Mixed):
+        return axis
+    if axis is None:
+        return Public(scale=scale)
+    if scale and any(isinstance(type_, Public) and not type_.scale for type_ in types):
+        return ctx.mixed(node, NONLINEAR_SCALE)
+    return PerSample(axis, scale)
+
+
+def multiplicative(ctx: Context, node: fx.Node, left: Any, right: Any, inverse: bool = False) -> SampleType:
+    """A product, or with ``inverse`` a quotient, of two elementwise operands."""
+    one, two = ctx.type(left), ctx.type(right)
+    scalar = ctx.batch_scalar(right) if not isinstance(two, (Public, PerSample)) else None
+    if scalar is not None and (inverse or not isinstance(two, SampleSum) or not isinstance(one, Public)):
+        factor = scale_product(two.scale, scalar)
+        return _with_scale(one, scale_product(one.scale, scale_inverse(factor) if inverse else factor))
+    if not inverse and not isinstance(one, (Public, PerSample)) and isinstance(two, (PerSample, SampleSum, Mixed)):
+        scalar = ctx.batch_scalar(left)
+        if scalar is not None:
+            return _with_scale(two, scale_product(two.scale, one.scale, scalar))
+    mixed = ctx.first_mixed((left, right))
+    if mixed is not None:
+        return mixed
+    scale = scale_product(one.scale, scale_inverse(two.scale) if inverse else two.scale)
+    for type_, other, linear in ((one, two, True), (two, one, not inverse)):
+        if isinstance(type_, (SampleSum, Affine)):
+            if isinstance(type_, SampleSum) and linear and isinstance(other, Public):
+                return SampleSum(scale)
+            return ctx.mixed(node, SUM_TIMES_SAMPLE if isinstance(other, PerSample) else NONLINEAR_SUM)
+    axis = common_axis(ctx, node, (left, right), len(ctx.shape(node)))
+    if isinstance(axis, Mixed):
+        return axis
+    return PerSample(axis, scale) if axis is not None else Public(scale=scale)
+
+
+def _with_scale(type_: SampleType, scale: tuple[tuple[str, int], ...]) -> SampleType:
+    from ..sample_types import rescaled
+
+    return rescaled(Public(scale=type_.scale) if isinstance(type_, Public) else type_, scale)
+
+
+def is_zero(ctx: Context, arg: Any) -> bool:
+    if isinstance(arg, fx.Node):
+        type_ = ctx.type(arg)
+        return isinstance(type_, Public) and type_.zero
+    return isinstance(arg, (int, float)) and arg == 0
+
+
+def along(
+    ctx: Context,
+    node: fx.Node,
+    arg: Any,
+    dims: Iterable[int],
+    *,
+    linear: bool,
+    keep: bool = True,
+    what: str = "it works along the sample axis",
+) -> SampleType:
+    """An operation that combines elements along ``dims`` only; with ``keep=False`` those dimensions vanish."""
+    type_ = ctx.type(arg)
+    if isinstance(type_, Mixed):
+        return type_
+    if not linear:
+        if isinstance(type_, (SampleSum, Affine)):
+            return ctx.mixed(node, NONLINEAR_SUM)
+        if type_.scale:
+            return ctx.mixed(node, NONLINEAR_SCALE)
+    if isinstance(type_, Affine):
+        return ctx.mixed(node, NONLINEAR_SUM)
+    if not isinstance(type_, PerSample):
+        return Public(zero=type_.zero and linear, scale=type_.scale) if isinstance(type_, Public) else type_
+    dims = {ctx.dim(dim, arg) for dim in dims}
+    if type_.axis.dim in dims:
+        return ctx.mixed(node, what)
+    shift = 0 if keep else sum(dim < type_.axis.dim for dim in dims)
+    return PerSample(Axis(type_.axis.dim - shift, type_.axis.inner), type_.scale)

@@ -1,0 +1,153 @@
+"""Types every node of a joint graph (abstract interpretation over ``rules``)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._functorch._aot_autograd import descriptors as aot
+
+from .errors import BatchDimensionError, UnsupportedGraphError
+from .graph_spec import GraphSpec, InputSpec, Role
+from .rules import RULES, Context, Result
+from .rules.pointwise import elementwise
+from .sample_types import PUBLIC, Axis, Expr, Mixed, PerSample, Public, SampleSum, SampleType, expression
+
+META_KEY = "sample_type"
+
+
+def type_samples(graph: fx.Graph, spec: GraphSpec) -> Context:
+    """Gives every node its type, in ``node.meta["sample_type"]`` and in the returned context.
+
+    Raises:
+        BatchDimensionError: the private inputs do not have one batch size.
+        UnsupportedGraphError: an input whose role is not known, or no private input at all.
+    """
+    ctx = Context(batch_size(graph, spec), {})
+    for node in graph.nodes:
+        if node.op == "placeholder" and not _is_tangent(node):
+            ctx.types[node] = _input_type(node, spec)
+    for node in graph.nodes:
+        if _is_tangent(node):
+            continue  # typed below, once its output is
+        if node.op not in ("placeholder", "output"):
+            _ready(ctx, node, graph)
+            ctx.types[node] = infer(ctx, node)
+    return ctx
+
+
+def _is_tangent(node: fx.Node) -> bool:
+    return node.op == "placeholder" and isinstance(node.meta.get("desc"), aot.TangentAOTInput)
+
+
+def _ready(ctx: Context, node: fx.Node, graph: fx.Graph) -> None:
+    """A tangent has the type of the output it belongs to, all of whose operands come earlier in the graph."""
+    for arg in node.all_input_nodes:
+        if arg not in ctx.types and _is_tangent(arg):
+            ctx.types[arg] = _tangent_type(ctx, arg, graph)
+
+
+def infer(ctx: Context, node: fx.Node) -> Result:
+    """One node's type. An operator without a rule mixes, unless everything it reads is public."""
+    if node.op == "get_attr":
+        return PUBLIC
+    found = RULES.get(node.target)
+    if found is not None:
+        return found(ctx, node)
+    if torch.Tag.pointwise in getattr(node.target, "tags", ()):
+        return elementwise(ctx, node)
+    operands = node.all_input_nodes
+    mixed = ctx.first_mixed(operands)
+    if mixed is None and any(not isinstance(ctx.type(arg), Public) for arg in operands):
+        mixed = Mixed(node, "this operator has no rule, so nothing is known about how it treats samples")
+    if mixed is None and any(ctx.type(arg).scale for arg in operands):
+        mixed = Mixed(node, "this operator has no rule, and a batch-dependent number scales its input")
+    value = node.meta.get("val")
+    result: SampleType = mixed or PUBLIC
+    return (result,) * len(value) if isinstance(value, (tuple, list)) else result
+
+
+def placeholder_specs(graph: fx.Graph, spec: GraphSpec) -> Iterable[tuple[fx.Node, InputSpec]]:
+    """The joint graph's primal placeholders with their roles."""
+    for node in graph.find_nodes(op="placeholder"):
+        desc = node.meta.get("desc")
+        while isinstance(desc, aot.SubclassGetAttrAOTInput):
+            desc = desc.base
+        if isinstance(desc, aot.PlainAOTInput):
+            yield node, spec.inputs[desc.idx]
+
+
+def batch_size(graph: fx.Graph, spec: GraphSpec) -> Expr:
+    sizes: dict[Expr, str] = {}
+    for node, given in placeholder_specs(graph, spec):
+        if given.role is Role.PRIVATE:
+            sizes.setdefault(expression(node.meta["val"].shape[given.dim]), given.name)
+    if not sizes:
+        raise UnsupportedGraphError(
+            "the compiled part has trainable parameters but no private input, so it has no samples to clip.\n"
+            "Every tensor input that is neither a parameter nor a buffer is private unless batch_dims declares it public (None).\n"
+            "Compile the part that reads the data together with this one."
+        )
+    if len(sizes) > 1:
+        shown = ", ".join(f"{name}: {size}" for size, name in sizes.items())
+        raise BatchDimensionError(
+            f"the private inputs do not have one batch size ({shown}).\n"
+            'Say where the samples lie with batch_dims={"name": dimension}, or None for an input that is public. For sizes marked '
+            "unbacked, tell the compiler that they agree: torch._check(x.shape[0] == y.shape[0])."
+        )
+    return next(iter(sizes))
+
+
+def _input_type(node: fx.Node, spec: GraphSpec) -> SampleType:
+    desc = node.meta.get("desc")
+    while isinstance(desc, aot.SubclassGetAttrAOTInput):
+        desc = desc.base
+    if isinstance(desc, aot.PlainAOTInput):
+        given = spec.inputs[desc.idx]
+        if given.role is Role.PRIVATE:
+            return PerSample(Axis(given.dim))
+        if given.role is Role.SCALAR:
+            return Mixed(node, f"the number {given.name!r} may be computed from the whole batch")
+        return PUBLIC
+    known = (
+        aot.PhiloxForwardSeedAOTInput, aot.PhiloxForwardBaseOffsetAOTInput, aot.PhiloxBackwardSeedAOTInput,
+        aot.PhiloxBackwardBaseOffsetAOTInput, aot.ForwardTokenAOTInput, aot.BackwardTokenAOTInput,
+    )  # fmt: skip
+    if isinstance(desc, known):
+        return PUBLIC
+    raise UnsupportedGraphError(
+        f"graph input {node.name!r} has a form whose role is not known ({desc}): two inputs may share memory.\n"
+        "Pass tensors that do not alias each other, and do not change an input in place."
+    )
+
+
+def _tangent_type(ctx: Context, node: fx.Node, graph: fx.Graph) -> SampleType:
+    """Tangents of per-sample outputs keep the axis; of a scalar loss they are a public factor; else nothing is known."""
+    wanted = node.meta["desc"].output
+    output = graph.output_node()
+    for value, desc in zip(_flat(output.args[0]), _flat(output.meta["desc"])):
+        if desc == wanted and isinstance(value, fx.Node):
+            found = ctx.type(value)
+            if isinstance(found, PerSample):
+                return PerSample(found.axis)
+            if node.meta["val"].numel() == 1:
+                return PUBLIC
+            kind = "mixes samples" if isinstance(found, Mixed) else "has no sample axis"
+            return Mixed(value, f"an output that {kind} is used outside the compiled part, where nothing is known of what happens to it")
+    return Mixed(node, "the gradient of an output that cannot be identified")
+
+
+def _flat(tree: Any) -> list[Any]:
+    return list(tree) if isinstance(tree, (tuple, list)) else [tree]
+
+
+def annotate(graph: fx.Graph, ctx: Context) -> None:
+    """Writes the types into the nodes' meta, where graph dumps show them."""
+    for node, found in ctx.types.items():
+        node.meta[META_KEY] = tuple(map(str, found)) if isinstance(found, tuple) else str(found)
+
+
+def is_sum(type_: Result) -> bool:
+    return isinstance(type_, SampleSum)

@@ -1,0 +1,57 @@
+"""Fixtures that every test runs under: fixed seeds, a fresh Dynamo, poisoned memory, and a reason for each GPU skip."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+BACKEND = os.environ.get("FLASHNORM_TEST_BACKEND", "flashnorm_eager")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cuda: needs a CUDA device; skipped, with the reason, where there is none")
+    config.addinivalue_line("markers", "slow: compiles with Inductor; a few of these take tens of seconds each")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no CUDA device: torch.cuda.is_available() is False")
+    for item in items:
+        if "cuda" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_start() -> Iterator[None]:
+    """The same seed and an empty Dynamo for every test."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """Uninitialized memory holds NaN, so that a kernel which reads what nobody wrote gives itself away."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    filled, torch.utils.deterministic.fill_uninitialized_memory = (
+        torch.utils.deterministic.fill_uninitialized_memory,
+        True,
+    )
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def backend() -> str:
+    """The backend under test: ``flashnorm_eager`` unless ``FLASHNORM_TEST_BACKEND`` names another."""
+    return BACKEND

@@ -1,0 +1,107 @@
+"""Compile caches on disk: a warm one gives the same private gradients; a plain or different one is never taken."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import ZOO
+from oracle import Gradients, assert_agree, case_gradients, clip, halving_options, in_double
+
+pytestmark = pytest.mark.slow
+
+HERE = Path(__file__).parent
+
+
+def _options(clipping: str, **extra: Any) -> dict[str, Any]:
+    case = ZOO["mlp_over_time"]
+    return halving_options(case_gradients(case, *case.make()), clipping) | extra
+
+
+def _want(options: dict[str, Any]) -> Gradients:
+    case = ZOO["mlp_over_time"]
+    return clip(case_gradients(case, *case.make()), options).released
+
+
+def _plain() -> Gradients:
+    return _want({"max_grad_norm": 1e9})
+
+
+class Process:
+    """Steps in processes of their own that share one cache directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self.environment = os.environ | {
+            "TORCHINDUCTOR_CACHE_DIR": str(directory),
+            "TORCHINDUCTOR_FX_GRAPH_CACHE": "1",
+            "TORCHINDUCTOR_AUTOGRAD_CACHE": "1",
+            "PYTHONPATH": str(HERE),
+            "OMP_NUM_THREADS": "1",
+        }
+
+    def __call__(self, backend: str, options: dict[str, Any]) -> tuple[Gradients, dict[str, int]]:
+        command = [sys.executable, str(HERE / "cache_child.py"), backend, json.dumps(options)]
+        run = subprocess.run(command, env=self.environment, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr[-4000:]
+        result = json.loads(run.stdout.splitlines()[-1])
+        gradients = {name: in_double(torch.tensor(value)) for name, value in result.pop("gradients").items()}
+        return gradients, result
+
+
+def _hits(counters: dict[str, int]) -> int:
+    return counters["fx_hits"] + counters["aot_hits"]
+
+
+def test_warm_cache(tmp_path: Path) -> None:
+    """Plain, private, private again, then plain again, all in one directory: each gets its own, and hits are real."""
+    process, options = Process(tmp_path), _options("flat")
+    gradients, _ = process("inductor", {})
+    assert_agree(gradients, _plain())
+
+    cold, counters = process("flashnorm", options)
+    assert _hits(counters) == 0, f"a plain artifact was taken: {counters}"
+    assert_agree(cold, _want(options))
+
+    warm, counters = process("flashnorm", options)
+    assert _hits(counters) > 0, f"the second process compiled again: {counters}"
+    assert all(torch.equal(warm[name], cold[name]) for name in cold)
+
+    gradients, counters = process("inductor", {})
+    assert _hits(counters) > 0
+    assert_agree(gradients, _plain())
+
+
+def test_other_options_are_other_artifacts(tmp_path: Path) -> None:
+    """What is baked into the graph is in the key; what is read at run time (the clipping norm) is right when warm."""
+    process = Process(tmp_path)
+    flat = _options("flat")
+    for options in (flat, _options("per_layer"), flat | {"loss_reduction": "mean", "expected_batch_size": 9.0}):
+        gradients, _ = process("flashnorm", options)
+        assert_agree(gradients, _want(options))
+    smaller = flat | {"max_grad_norm": flat["max_grad_norm"] / 3}
+    gradients, _ = process("flashnorm", smaller)
+    assert_agree(gradients, _want(smaller))
+
+
+def test_private_first_then_plain(tmp_path: Path) -> None:
+    """A private artifact is never served to a plain compile of the same model."""
+    process, options = Process(tmp_path), _options("automatic")
+    gradients, _ = process("flashnorm", options)
+    assert_agree(gradients, _want(options))
+    gradients, counters = process("inductor", {})
+    assert _hits(counters) == 0
+    assert_agree(gradients, _plain())
+
+
+def test_noise_is_fresh_from_a_warm_cache(tmp_path: Path) -> None:
+    """Two processes that load the same artifact draw different noise."""
+    process, options = Process(tmp_path), _options("flat", noise_multiplier=1.0)
+    (first, _), (second, counters) = (process("flashnorm", options) for _ in range(2))
+    assert _hits(counters) > 0
+    assert all(not torch.equal(first[name], second[name]) for name in first)
