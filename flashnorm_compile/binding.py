@@ -31,6 +31,7 @@ current_backward = torch._C._current_graph_task_id
 class Release:
     """One execution of a graph's release op."""
 
+    state: PrivacyState
     backward: int
     noised: bool
 
@@ -41,8 +42,10 @@ class _Places:
 
     state: PrivacyState
     revision: int
-    rows: Tensor
-    """int64 [P]: each parameter's index in the state."""
+    rows: list[int]
+    """Each parameter's index in the state."""
+    row_index: Tensor
+    """The same as int64 [P]."""
     groups: Tensor | None
     """int64 [P]: each parameter's clipping group; None when all share one."""
     fractions: Tensor | None
@@ -93,7 +96,8 @@ class Binding:
         self._places = _Places(
             state=state,
             revision=state.revision,
-            rows=torch.tensor(rows),
+            rows=rows,
+            row_index=torch.tensor(rows),
             groups=torch.tensor(groups, device=device) if several else None,
             fractions=torch.tensor(layout.fractions, dtype=torch.float32, device=device) if several else None,
             group_names=frozenset(layout.group_names[group] for group in groups),
@@ -124,8 +128,8 @@ class Binding:
         state, options = places.state, self.options
         mean, batch, clip = options.loss_reduction == "mean", max(norms_sq.shape[0], 1), state.max_grad_norm
         size = (options.expected_batch_size or batch * options.accumulation_steps) if mean else 1
-        number, noise_std = state.begin_release(backward, clip / size)
-        self.last_release = Release(backward, state.adds_noise)
+        number, noise_std = state.begin_release(backward, clip / size, places.rows)
+        self.last_release = Release(state, backward, state.adds_noise)
         # Everything is in units of the contributions, which are 1/B of the gradients under "mean".
         unit = batch if mean else 1
         norms = group_norms(norms_sq, places.groups, 1 if places.fractions is None else len(places.fractions))
@@ -140,7 +144,7 @@ class Binding:
 
     def _keys(self, places: _Places, release: int) -> Tensor:
         table = torch.frombuffer(bytearray(places.state.noise_keys(release)), dtype=torch.int64).view(-1, 2)
-        return table.index_select(0, places.rows)
+        return table.index_select(0, places.row_index)
 
     def _spread(self, factors: Tensor, places: _Places) -> Tensor:
         """[B, K] -> [P, B], contiguous: compiled code relies on the strides that the op's fake promised."""

@@ -7,7 +7,7 @@ into
     watch           the node's post hook notes which tensor is the release of which parameter
     _Record.before  the parameter's hook sees the total gradient of the pass: is it the release, and nothing else?
     _Record.after   the post-accumulate hook sees p.grad: is it what accumulating that release must have given?
-    _check_step     the pre-step hook: is p.grad still the tensor that was noted, noised, and unused?
+    _check_step     the optimizer's pre-step hook: is p.grad still the tensor that was noted, noised, and unused?
 
 Anything that does not fit is remembered with a reason and refused at the step. Weak references identify tensors,
 because
@@ -30,7 +30,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .binding import Binding, Release, current_backward
 from .passes.errors import UnprotectedGradientError
-from .state import is_exempt
+from .state import is_exempt, name_of
 
 _OUTSIDE = (
     "it belongs to no private graph; compile the part of the model that uses it with backend='flashnorm', or, if it "
@@ -67,8 +67,8 @@ class _Record:
         self.name = name
         # The release that is on its way: the tensor, its version, and the release's facts.
         self.pending: tuple[weakref.ref[Tensor], int, Release] | None = None
-        # Between the two hooks: a fault or None, what p.grad must be afterwards, whether it is fresh, whether noised.
-        self.arriving: tuple[str | None, tuple[int, int] | None, bool, bool] | None = None
+        # Between the two hooks: a fault or None, what p.grad must be afterwards, whether it is fresh, and the release.
+        self.arriving: tuple[str | None, tuple[int, int] | None, bool, Release | None] | None = None
         # p.grad as noted last, and what is known about it.
         self.grad: weakref.ref[Tensor] | None = None
         self.version = -1
@@ -92,33 +92,40 @@ class _Record:
         parameter = self.ref()
         if parameter is None:
             return
+        fault: str | None = None
         if pending is None or pending[2].backward != current_backward():
             fault = _EAGER
-        else:
-            fault = None if pending[0]() is total and pending[1] == total._version else _MIXED
+        elif pending[0]() is not total or pending[1] != total._version:
+            fault = _MIXED
         old = parameter.grad
-        fault = fault or self._fault_of_old(old)
-        self.arriving = (fault, _expected(total, old), old is None, pending is not None and pending[2].noised)
-
-    def _fault_of_old(self, old: Tensor | None) -> str | None:
-        """Why nothing may be accumulated onto this p.grad. Zeros, however they came there, are harmless."""
         if old is None:
-            return None
+            expected = _place(total)  # autograd takes the tensor over
+        else:
+            fault = fault or self._fault_of_old(old)
+            place = _place(old)  # autograd adds to it in place
+            expected = place and (place[0], place[1] + 1)
+        self.arriving = (fault, expected, old is None, pending and pending[2])
+
+    def _fault_of_old(self, old: Tensor) -> str | None:
+        """Why nothing may be accumulated onto this p.grad. Zeros, however they came there, are harmless."""
         if self._is_noted(old):
             return self.fault or (_USED if self.used else None)
         return _WRITTEN if _any_nonzero(old) else None
 
-    def after(self, parameter: Tensor) -> None:
+    def after(self, parameter: nn.Parameter) -> None:
         """Called when p.grad has been accumulated."""
         arriving, self.arriving = self.arriving, None
         grad = parameter.grad
         if grad is None:
             return
-        fault, expected, fresh, noised = arriving or (_EAGER, None, False, False)
-        if fault is None and _place(grad) != expected and not (fresh and self._is_copy(parameter, grad)):
+        fault, expected, fresh, release = arriving or (_EAGER, None, False, None)
+        as_expected = expected is not None and _place(grad) == expected
+        if fault is None and not as_expected and not (fresh and self._is_copy(parameter, grad)):
             fault = _MIXED
         self.grad, self.version = weakref.ref(grad), grad._version
-        self.fault, self.noised, self.used = fault, noised, False
+        self.fault, self.noised, self.used = fault, release is not None and release.noised, False
+        if fault is None and release is not None and release.noised:
+            release.state.settle(parameter)
 
     def _is_copy(self, parameter: Tensor, grad: Tensor) -> bool:
         """Autograd copies a gradient of another layout; nobody else can have written it when our hook runs first."""
@@ -245,7 +252,7 @@ def _check_gradients(optimizer: Optimizer) -> None:
         elif not is_exempt(parameter):
             group, position = label
             name = f"group {group}, parameter {position}, shape {tuple(parameter.shape)}"
-            refused.append((record.name if record else name, reason))
+            refused.append((name_of(parameter) or (record.name if record else name), reason))
     if refused:
         raise UnprotectedGradientError(_refusal(optimizer, refused))
     for record in valid:
@@ -267,16 +274,12 @@ def _refusal(optimizer: Optimizer, refused: list[tuple[str, str]]) -> str:
 
 
 def _place(tensor: Tensor) -> tuple[int, int] | None:
-    """Where a dense tensor lies, and its version. None (equal to no expectation) for sparse and wrapper tensors."""
-    if tensor.layout is not torch.strided or (tensor.numel() and not tensor.data_ptr()):
+    """Where a dense tensor lies, and its version. None for sparse and wrapper tensors."""
+    try:
+        address = tensor.data_ptr()
+    except RuntimeError:  # sparse
         return None
-    return tensor.data_ptr(), tensor._version
-
-
-def _expected(total: Tensor, old: Tensor | None) -> tuple[int, int] | None:
-    """What p.grad must be once ``total`` has been accumulated: ``total`` itself, or the old tensor written once."""
-    place = _place(total if old is None else old)
-    return place if place is None or old is None else (place[0], place[1] + 1)
+    return (address, tensor._version) if address or not tensor.numel() else None
 
 
 def _any_nonzero(grad: Tensor) -> bool:

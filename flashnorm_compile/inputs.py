@@ -25,11 +25,14 @@ def source_name(node: fx.Node) -> str:
     return name() if callable(name) else name
 
 
+_PLUMBING = {"_modules", "_parameters", "_buffers", "__dict__", "_orig_mod"}
+
+
 def readable_name(source: str) -> str:
     """``fc.weight`` for ``L['self']._modules['fc']._parameters['weight']``; an argument keeps its own name."""
-    path = re.sub(r"\._modules|\._parameters|\._buffers|\.__dict__|\._orig_mod|\._fget_result", "", source)
-    path = re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", path)
-    return re.sub(r"^[LG]\.", "", path)
+    parts = re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", source).split(".")
+    kept = [part for part in parts[1:] if part not in _PLUMBING] if parts[0] in ("L", "G") else parts
+    return ".".join(kept)
 
 
 def example_of(node: fx.Node) -> Any:
@@ -113,7 +116,7 @@ def _classify_one(node: fx.Node, source: str, short: str, full: str, dims: _Dime
                 "Make it an nn.Parameter of the compiled module, or pass it detached."
             )
         return InputSpec(full, Role.PUBLIC)
-    if "._buffers[" in source and not declared:
+    if re.search(r"\b_buffers\b", source) and not declared:
         return InputSpec(short, Role.PUBLIC)
     if example.dim() == 0:
         return InputSpec(full, Role.SCALAR)

@@ -28,7 +28,6 @@ _COUNTERS = {
     "steps": "steps",
     "releases": "_releases",
     "micro_batches": "_micro_batches",
-    "sensitivity": "_sensitivity",
 }
 _SETTINGS = ("max_grad_norm", "noise_multiplier")
 
@@ -73,7 +72,7 @@ class PrivacyState:
         self._open_accumulations = 0
         self._backward = -1
         self._adds_noise = False
-        self._sensitivity = 0.0
+        self._unnoised: dict[int, float] = {}
         self._statistics: tuple[Tensor, Tensor | float] | None = None
 
     @property
@@ -162,7 +161,7 @@ class PrivacyState:
                 "Pass what privacy(model).state_dict() returned."
             )
         for name, attribute in _COUNTERS.items():
-            setattr(self, attribute, float(state[name]) if name == "sensitivity" else int(state[name]))
+            setattr(self, attribute, int(state[name]))
         for name in _SETTINGS:
             if state[name] is not None:
                 setattr(self, name, state[name])
@@ -236,23 +235,30 @@ class PrivacyState:
             self._layout = layout_for(self.names, self._trainable, self.options)
         return self._layout
 
-    def begin_release(self, backward: int, sensitivity: float) -> tuple[int, float]:
-        """Counts one release and decides on its noise: (release number, noise standard deviation).
+    def begin_release(self, backward: int, sensitivity: float, rows: Sequence[int]) -> tuple[int, float]:
+        """Counts one release of the parameters ``rows``: (release number, noise standard deviation).
 
-        All releases of one backward pass are noised or none is. The noise covers the largest ``sensitivity`` since the
-        last noised pass, so that micro-batches of different sizes, or a norm changed between them, cannot weaken it.
-        A noise level of 0.0 means a pass without noise; ``adds_noise`` tells it from noise_multiplier=0.0.
+        All releases of one backward pass are noised or none is (``adds_noise``). The noise covers the largest
+        sensitivity that any of the parameters has taken in since noise last reached it (``settle``), so that
+        micro-batches of different sizes, or a norm changed between them, cannot weaken it.
         """
         assert self.options is not None
         self._releases += 1
         if backward < 0 or backward != self._backward:
-            if self._adds_noise:
-                self._sensitivity = 0.0
             self._backward = backward
             self._adds_noise = self._open_accumulations == 0 and self._count_micro_batch(self.options)
             self.steps += self._adds_noise
-        self._sensitivity = max(self._sensitivity, sensitivity)
-        return self._releases, self.noise_multiplier * self._sensitivity if self._adds_noise else 0.0
+        if self._unnoised:
+            sensitivity = max(sensitivity, *(self._unnoised.get(row, 0.0) for row in rows))
+        if self._adds_noise:
+            return self._releases, self.noise_multiplier * sensitivity
+        self._unnoised.update(dict.fromkeys(rows, sensitivity))
+        return self._releases, 0.0
+
+    def settle(self, parameter: nn.Parameter) -> None:
+        """Noise for everything that this parameter had taken in has arrived in its gradient."""
+        if self._unnoised:
+            self._unnoised.pop(_owners[parameter][1], None)
 
     def _count_micro_batch(self, options: Options) -> bool:
         self._micro_batches += 1
@@ -325,3 +331,9 @@ def common_state(parameters: Sequence[nn.Parameter]) -> PrivacyState:
 def is_exempt(parameter: Tensor) -> bool:
     """Whether the user said that this parameter may be trained unprotected."""
     return parameter in _exempt
+
+
+def name_of(parameter: Tensor) -> str | None:
+    """The parameter's name in its state, if it has one."""
+    state, index = _owners.get(parameter, (None, 0))
+    return None if state is None else state.names[index]

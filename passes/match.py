@@ -18,7 +18,7 @@ from .refusal import mixing_error
 from .rules import Context
 from .rules.contractions import EQUATIONS
 from .rules.indexing import IndexSpace
-from .sample_types import Affine, Axis, Mixed, PerSample, Public, SampleSum
+from .sample_types import Affine, Axis, Mixed, PerSample, Public, SampleSum, known_scale
 from .type_samples import placeholder_specs
 
 aten = torch.ops.aten
@@ -112,12 +112,13 @@ def _gradient(ctx: Context, name: str, row: int, position: int, node: fx.Node | 
     if node is None:
         return ParameterGradient(name, row, position, None)
     type_ = ctx.type(node)
-    if isinstance(type_, Public) and not type_.scale:
+    scale = known_scale(type_.scale)
+    if isinstance(type_, Public) and not scale:
         return ParameterGradient(name, row, position, node, public=True)
-    if isinstance(type_, SampleSum) and not type_.scale and not single:
+    if isinstance(type_, SampleSum) and not scale and not single:
         uses, tail = _trace_back(ctx, node)
         return ParameterGradient(name, row, position, node, uses=uses, tail=tail)
-    if single and (isinstance(type_, SampleSum) or not ctx.scalars) and not type_.scale:
+    if single and (isinstance(type_, SampleSum) or not ctx.scalars) and not scale:
         return ParameterGradient(name, row, position, node)
     raise mixing_error(f"the gradient of {name!r}", type_)
 

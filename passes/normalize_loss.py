@@ -21,7 +21,7 @@ from .graph_spec import GraphSpec, Role
 from .match import gradient_outputs
 from .refusal import mixing_error, source_line
 from .rules import Context
-from .sample_types import Expr, Mixed, PerSample, Public, SampleSum, quotient
+from .sample_types import common_scale, known_scale, Expr, Mixed, PerSample, Public, SampleSum, quotient
 from .type_samples import placeholder_specs
 
 aten = torch.ops.aten
@@ -49,12 +49,16 @@ def normalize_loss_pass(graph: fx.Graph, spec: GraphSpec, ctx: Context) -> list[
         OptionsError: nothing says what the fixed normaliser should be.
     """
     gradients = [(name, node) for _, name, node in gradient_outputs(graph, spec) if node is not None]
-    scales = {ctx.type(node).scale for _, node in gradients if not _without_scale(ctx, node)}
+    scales = {common_scale([ctx.type(node).scale]) or () for _, node in gradients if not _without_scale(ctx, node)}
+    free = any(scale != known_scale(scale) for scale in scales)
+    scales = {known_scale(scale) for scale in scales}
+    if free and len(scales) > 1:
+        scales -= {()}
     if not any(scales):
         return []
     if len(scales) > 1:
-        name, node = next((n, g) for n, g in gradients if ctx.type(g).scale)
-        key = ctx.type(node).scale[0][0]
+        name, node = next((n, g) for n, g in gradients if known_scale(ctx.type(g).scale))
+        key = known_scale(ctx.type(node).scale)[0][0]
         raise mixing_error(f"the gradient of {name!r}", Mixed(ctx.scalars[key], "a batch-dependent number scales some of the gradients, not all"))
     reached = _ancestors([node for _, node in gradients])
     return [_replace(graph, spec, ctx, key, reached) for key, _ in next(iter(scales))]

@@ -63,11 +63,19 @@ def _like(mask: Tensor, index: Tensor) -> Tensor:
     return mask
 
 
+def _weight_norm_backward(grad: Tensor, v: Tensor, g: Tensor, norms: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    others = [d for d in range(v.dim()) if d != dim % v.dim()]
+    along = (grad * v).sum(others, keepdim=True)
+    norms = norms.reshape(g.shape)
+    return g / norms * grad - g / norms**3 * along * v, along / norms
+
+
 SUBSTITUTES: dict[Any, Callable[..., Any]] = {
     prims.convert_element_type.default: lambda x, dtype: x.to(dtype),
     prims.device_put.default: lambda x, device, *_: x.to(device),
     aten._unsafe_masked_index_put_accumulate.default: _masked_put,
     aten._unsafe_index_put.default: aten.index_put.default,
+    aten._weight_norm_interface_backward.default: _weight_norm_backward,
     aten._unsafe_view.default: lambda x, size: x.reshape(size),
     aten.view.default: lambda x, size: x.reshape(size),
 }

@@ -111,6 +111,27 @@ def scale_inverse(scale: Scale) -> Scale:
     return tuple((name, -power) for name, power in scale)
 
 
+# The scale of what an output's gradient is: whatever the loss outside the graph multiplies it by. Beside a scaled term in a
+# sum it takes that term's scale, since it is a loss term of its own whose normaliser is not in the graph.
+ANY_SCALE: Scale = (("*", 1),)
+
+
+def known_scale(scale: Scale) -> Scale:
+    """The scale without the unknown factor of an outside loss."""
+    return tuple(entry for entry in scale if entry[0] != "*")
+
+
+def common_scale(scales: Sequence[Scale]) -> Scale | None:
+    """The scale of a sum of terms with these scales; ``None`` if they differ."""
+    fixed = {scale for scale in scales if scale == known_scale(scale)}
+    known = {known_scale(scale) for scale in scales}
+    if len(fixed) > 1 or len(known - fixed - {()}) > (0 if fixed else 1):
+        return None
+    if fixed:
+        return next(iter(fixed))
+    return scale_product(max(known), ANY_SCALE)
+
+
 def rescaled(type_: SampleType, scale: Scale) -> SampleType:
     return type_ if type_.scale == scale else replace(type_, scale=scale)
 

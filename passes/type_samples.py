@@ -13,7 +13,7 @@ from .errors import BatchDimensionError, UnsupportedGraphError
 from .graph_spec import GraphSpec, InputSpec, Role
 from .rules import RULES, Context, Result
 from .rules.pointwise import elementwise
-from .sample_types import PUBLIC, Axis, Expr, Mixed, PerSample, Public, SampleSum, SampleType, expression
+from .sample_types import ANY_SCALE, PUBLIC, Axis, Expr, Mixed, PerSample, Public, SampleSum, SampleType, expression
 
 META_KEY = "sample_type"
 
@@ -131,11 +131,12 @@ def _tangent_type(ctx: Context, node: fx.Node, graph: fx.Graph) -> SampleType:
         if desc == wanted and isinstance(value, fx.Node):
             found = ctx.type(value)
             if isinstance(found, PerSample):
-                return PerSample(found.axis)
+                return PerSample(found.axis, ANY_SCALE)
+            if isinstance(found, Mixed) and node.meta["val"].numel() != 1:
+                return found
             if node.meta["val"].numel() == 1:
                 return PUBLIC
-            kind = "mixes samples" if isinstance(found, Mixed) else "has no sample axis"
-            return Mixed(value, f"an output that {kind} is used outside the compiled part, where nothing is known of what happens to it")
+            return Mixed(value, "an output that has no sample axis is used outside the compiled part, where nothing is known of what happens to it")
     return Mixed(node, "the gradient of an output that cannot be identified")
 
 

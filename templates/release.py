@@ -48,10 +48,11 @@ def register(handler: Handler) -> int:
 
 
 def _release(handle: Tensor, norms_sq: Tensor, after: Tensor) -> ReleaseResult:
-    handler = _handlers.get(handle.item())  # type: ignore[call-overload]
+    number = int(handle.item())
+    handler = _handlers.get(number)
     if handler is None:
         raise RuntimeError(
-            f"flashnorm::release: no handler has the number {handle.item()}. Its parameters are gone, or a compiled "
+            f"flashnorm::release: no handler has the number {number}. Its parameters are gone, or a compiled "
             "graph was called by hand instead of through torch.compile."
         )
     return handler.release(norms_sq)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -91,6 +91,7 @@ def step(name: str, op: str, *inputs: str, effect: str = "", **settings: Any) ->
 class Program:
     """``steps`` run in the compiled module, ``losses`` too unless ``loss_outside``; the loss is their weighted sum.
 
+    ``poisoned``: the first sample holds a NaN, so its own gradient contributes nothing (if the NaN reaches it).
     ``repr`` is a readable list of steps and valid Python: paste it to make a regression test.
     """
 
@@ -105,23 +106,15 @@ class Program:
     expected_batch_size: float | None = None
     loss_outside: bool = False
     dynamic: bool = False
+    poisoned: bool = False
     seed: int = 0
 
     def __repr__(self) -> str:
         lines = [f"batch={self.batch}"]
         for key in ("inputs", "params", "steps", "losses"):
             lines.append(f"{key}=({''.join(f'{chr(10)}        {item!r},' for item in getattr(self, key))})")
-        defaults = Program(0, (), (), (), ())
-        rest = (
-            "clipping",
-            "norm_algorithm",
-            "loss_reduction",
-            "expected_batch_size",
-            "loss_outside",
-            "dynamic",
-            "seed",
-        )
-        lines += [f"{k}={getattr(self, k)!r}" for k in rest if getattr(self, k) != getattr(defaults, k)]
+        given = [f for f in fields(self)[5:] if getattr(self, f.name) != f.default]
+        lines += [f"{f.name}={getattr(self, f.name)!r}" for f in given]
         return "Program(\n    " + ",\n    ".join(lines) + ",\n)"
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
@@ -138,8 +131,14 @@ class Program:
         return bool(means) and not self.loss_outside
 
     @property
+    def model_inputs(self) -> tuple[Input, ...]:
+        """What the compiled part reads."""
+        read = {n for s in self.steps + (() if self.loss_outside else self.losses) for n in s.inputs}
+        return tuple(i for i in self.inputs if i.name in read)
+
+    @property
     def batch_dims(self) -> dict[str, int | None]:
-        return {i.name: i.sample_dim for i in self.inputs if i.sample_dim != 0}
+        return {i.name: i.sample_dim for i in self.model_inputs if i.sample_dim != 0}
 
 
 def resolve(size: Size, batch: int) -> int:
@@ -450,7 +449,7 @@ class ProgramModule(nn.Module):
         self.register_buffer("stat", torch.zeros((), dtype=dtype))
         made = {s.name for s in program.steps}
         self.outputs = tuple(dict.fromkeys(n for s in program.losses for n in s.inputs if n in made))
-        named = [(i.name, i.sample_dim) for i in program.inputs if i.sample_dim is not None]
+        named = [(i.name, i.sample_dim) for i in program.model_inputs if i.sample_dim is not None]
         self.batch_at: tuple[str, int] = named[0]
 
     def forward(
@@ -473,7 +472,7 @@ class ProgramModule(nn.Module):
 
 def loss_of(program: Program, model: Callable[..., Any], inputs: dict[str, Tensor], batch: int) -> Tensor:
     """The scalar loss of a (compiled) ``ProgramModule`` on ``inputs``, which hold ``batch`` samples."""
-    result = model(**inputs)
+    result = model(**{i.name: inputs[i.name] for i in program.model_inputs})
     if not program.loss_outside:
         return result
     names = ProgramModule(program).outputs
@@ -488,6 +487,8 @@ def make_inputs(program: Program, dtype: torch.dtype = torch.float32, seed: int 
         shape = _sizes(spec.dims, program.batch)
         if not spec.bound:
             made[spec.name] = torch.randn(shape, generator=generator).to(dtype)
+            if program.poisoned and spec.sample_dim is not None:
+                made[spec.name][(0,) * len(shape)] = math.nan
             continue
         value = torch.randint(spec.bound, shape, generator=generator)
         if spec.ignored:
@@ -1147,10 +1148,10 @@ def programs(draw: Callable[[st.SearchStrategy[Any]], Any], mixing: bool = False
         mix(b, b.current())
     if not b.params:
         with_parameter(b, b.sample_values()[0])
-    return pruned(_finish(b, scaled))
+    return pruned(_finish(b, mixing, scaled))
 
 
-def _finish(b: Builder, scaled: bool) -> Program:
+def _finish(b: Builder, mixing: bool, scaled: bool) -> Program:
     outside = b.chance(2) and not scaled
     reduction = b.pick(["mean", "mean", "sum"])
     ends = [b.sample_values()[0], *([b.pick(b.sample_values())] if b.chance(2) else [])]
@@ -1171,5 +1172,6 @@ def _finish(b: Builder, scaled: bool) -> Program:
         expected_batch_size=b.pick([None, None, 4.0]) if reduction == "mean" else None,
         loss_outside=outside,
         dynamic=b.chance(2),
+        poisoned=not mixing and b.batch > 1 and b.chance(1),
         seed=b.pick(range(10)),
     )

@@ -20,7 +20,7 @@ def options(**changes: Any) -> Options:
 
 
 class CompiledFunction(torch.autograd.Function):
-    """loss = sum_b x_b . (w1 + w2 + ...): the gradient of sample b is x_b for every parameter. The guard knows the name."""
+    """loss = sum_b x_b . (w1 + w2 + ...): every parameter has x_b as gradient of sample b. The guard knows the name."""
 
     @staticmethod
     def forward(ctx: Any, layout: Callable[[Tensor], Tensor], handle: Tensor, x: Tensor, *parameters: Tensor) -> Tensor:

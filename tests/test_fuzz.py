@@ -112,6 +112,8 @@ def _groups(program: Program, names: list[str], clip_norm: float) -> list[tuple[
 
 
 def _factor(program: Program, size: float, limit: float) -> float:
+    if not math.isfinite(size):
+        return 0.0
     if program.clipping == "automatic":
         return limit / (size + 0.01)
     return min(1.0, limit / size) if size > 0 else 1.0
@@ -124,7 +126,7 @@ def released(program: Program, samples: list[Gradients], clip_norm: float) -> Gr
     for names, limit in _groups(program, list(result), clip_norm):
         for sample in samples:
             factor = _factor(program, norm({name: sample[name] for name in names}), limit)
-            for name in names:
+            for name in names if factor else []:
                 result[name] += factor * sample[name] / divisor
     return result
 
@@ -200,14 +202,14 @@ def _suitable(program: Program) -> Program:
     if not trainable:
         raise Unsuitable("no trainable parameter")
     layers = {p.layer for p in trainable}
-    if program.clipping == "group" and (0 not in layers or len(layers) == 1):
+    if program.poisoned or (program.clipping == "group" and (0 not in layers or len(layers) == 1)):
         return replace(program, clipping="flat")
     return program
 
 
 def _clip_norm(samples: list[Gradients]) -> float:
     """The median norm, so that about half of the samples are clipped."""
-    sizes = sorted(norm(sample) for sample in samples)
+    sizes = sorted(size for size in map(norm, samples) if math.isfinite(size)) or [0.0]
     middle = (sizes[(len(sizes) - 1) // 2] + sizes[len(sizes) // 2]) / 2
     return middle or sizes[-1] or 1.0
 
@@ -223,7 +225,7 @@ def check(program: Program, run: Runner = private) -> str:
     exact = sample_gradients(program, torch.float64)
     clip_norm = _clip_norm(exact)
     want = released(program, exact, clip_norm)
-    if not math.isfinite(norm(want)):
+    if not program.poisoned and not all(math.isfinite(norm(sample)) for sample in exact):
         raise Unsuitable("not finite")
     near = released(program, sample_gradients(program, torch.float32), clip_norm)
     if _differ(near, want, CONDITION, clip_norm):
@@ -287,7 +289,7 @@ def _same_loss(program: Program, loss: Tensor) -> None:
     """Privacy changes gradients, never the value of the loss (a replaced token count apart)."""
     want = loss_of(program, ProgramModule(program), make_inputs(program), program.batch)
     if not program.counts:
-        torch.testing.assert_close(loss, want.detach(), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(loss, want.detach(), rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
 def _bounded(program: Program, clip_norm: float, run: Runner, result: Result) -> str:
@@ -573,7 +575,7 @@ def test_a_program_prints_as_its_own_source() -> None:
 def test_the_generator_knows_independence(program: Program) -> None:
     """A batch's gradient is the mean (sum) of its samples' gradients, in float64: the labels are true."""
     try:
-        program = _alone(_suitable(program))
+        program = _alone(replace(_suitable(program), poisoned=False))
     except Unsuitable:
         reject()
     model, inputs = _jittered(program, torch.float64, None)

@@ -289,7 +289,7 @@ def test_copies_saving_and_freeing() -> None:
 
 
 def test_cost_per_step() -> None:
-    """Very loose: the suite runs on busy machines. Measured apart: see the guard's notes."""
+    """Very loose, for busy machines: it only catches a cost that grows faster than the number of parameters."""
     parameters = weights(150)
     graph, optimizer = Private(*parameters), SGD(parameters, lr=0.0, foreach=True)
     for _ in range(3):

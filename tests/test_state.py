@@ -110,8 +110,8 @@ def test_empty_batch() -> None:
 
 
 def test_keys_never_repeat() -> None:
-    first, kept = bind(seed=7)
-    second, kept2 = bind(seed=7)  # the same seed in another state
+    first, _kept = bind(seed=7)
+    second, _kept2 = bind(seed=7)  # the same seed in another state
     keys = torch.cat([release(binding)[1] for binding in (first, second) for _ in range(20)])
     assert len(set(keys.flatten().tolist())) == keys.numel()
 
@@ -153,13 +153,48 @@ def test_accumulate_adds_no_noise() -> None:
     assert binding.state.steps == 1
 
 
-def test_noise_covers_the_smallest_micro_batch() -> None:
+def noise_levels(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The noise level of every release from now on."""
+    levels: list[float] = []
+    begin = PrivacyState.begin_release
+
+    def record(self: PrivacyState, *arguments: Any) -> tuple[int, float]:
+        outcome = begin(self, *arguments)
+        levels.append(outcome[1])
+        return outcome
+
+    monkeypatch.setattr(PrivacyState, "begin_release", record)
+    return levels
+
+
+def test_noise_covers_the_smallest_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under "mean" a sample of a small micro-batch weighs more; the noise at the end must be for that one."""
-    binding, _kept = bind(noise_multiplier=1.0, loss_reduction="mean")
-    with binding.state.accumulate():
-        release(binding, torch.ones(1, 2))
-    assert release(binding, torch.ones(4, 2))[2].item() == 1.0
-    assert release(binding, torch.ones(4, 2))[2].item() == 0.25
+    graph, levels = Private(*weights(), noise_multiplier=1.0, loss_reduction="mean"), noise_levels(monkeypatch)
+    with graph.binding.state.accumulate():
+        graph(X[:1]).backward()
+    torch.autograd.grad(graph(X), graph.parameters)  # its noise is not in p.grad
+    graph(X).backward()
+    graph(X).backward()
+    assert levels == [0.0, 1.0, 1.0, 0.5]
+
+
+def test_noise_covers_sums_that_a_noised_pass_did_not_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A branch that the noised pass left out still holds the sum of the small micro-batch."""
+    model = nn.ParameterList(weights(2))
+    state, levels = privacy(model), noise_levels(monkeypatch)
+    one, two = (Private(p, noise_multiplier=1.0, loss_reduction="mean") for p in model)
+    with state.accumulate():
+        one(X[:1]).backward()
+        two(X[:1]).backward()
+    for graph in (one, one, two, two):
+        graph(X).backward()
+    assert levels == [0.0, 0.0, 1.0, 0.5, 1.0, 0.5]
+
+
+def test_checkpointing_without_reentry() -> None:
+    graph = Private(*weights(1))
+    checkpoint(graph, X.clone().requires_grad_(True), use_reentrant=False).backward()
+    assert graph.binding.state.steps == 1
 
 
 def test_state_dict_round_trip() -> None:
@@ -182,7 +217,8 @@ def test_flat_refuses_two_graphs_in_one_pass() -> None:
     graphs = Private(*first, names=["body.weight"]), Private(*second, names=["head.weight"])
     graphs[1].binding.break_reason = "call to print"
     with pytest.raises(
-        GraphBreakError, match=r"(?s)graph over .*body.*graph break: call to print.*compile the model and"
+        GraphBreakError,
+        match=r"graph over head .graph break: call to print.; and the graph over body.*compile the model and",
     ):
         (graphs[0](X) + graphs[1](X)).backward()
     graphs[0](X).backward()

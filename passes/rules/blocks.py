@@ -220,3 +220,15 @@ def layer_norm(ctx: Context, node: fx.Node) -> Result:
 @rule(aten.native_dropout)
 def dropout(ctx: Context, node: fx.Node) -> Result:
     return ctx.type(node.args[0]), Public()
+
+
+@rule(aten._weight_norm_interface_backward)
+def weight_norm_backward(ctx: Context, node: fx.Node) -> Result:
+    """Linear in the gradient of the normalised weight."""
+    grad, *others = node.args[:4]
+    mixed = ctx.first_mixed(node.args[:4])
+    if mixed is None and not all(isinstance(ctx.type(other), Public) and not ctx.type(other).scale for other in others):
+        mixed = ctx.mixed(node, NONLINEAR_SUM)
+    if mixed is None and isinstance(ctx.type(grad), PerSample):
+        mixed = ctx.mixed(node, TWO_AXES)
+    return (mixed or ctx.type(grad),) * 2

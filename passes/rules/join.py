@@ -16,6 +16,7 @@ from ..sample_types import (
     Public,
     SampleSum,
     SampleType,
+    common_scale,
     scale_inverse,
     scale_product,
 )
@@ -77,9 +78,9 @@ def additive(ctx: Context, node: fx.Node, args: Sequence[Any]) -> SampleType:
     if not args:
         return Public(zero=True)
     types = [ctx.type(arg) for arg in args]
-    if any(type_.scale != types[0].scale for type_ in types):
+    scale = common_scale([type_.scale for type_ in types])
+    if scale is None:
         return ctx.mixed(node, "terms that are scaled by different batch-dependent numbers are added")
-    scale = types[0].scale
     sums = [isinstance(type_, SampleSum) for type_ in types]
     if any(sums):
         if all(sums):

@@ -54,9 +54,6 @@ def where(ctx: Context, node: fx.Node) -> Result:
         return chosen
     if isinstance(chosen, SampleSum):
         return ctx.mixed(node, NONLINEAR_SUM)
-    joined = pointwise(ctx, node, [condition, *(v for v in values if not ctx.type(v).scale)])
-    if isinstance(joined, Mixed):
-        return joined
     return multiplicative(ctx, node, condition, _strongest(ctx, values, chosen))
 
 

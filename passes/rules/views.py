@@ -165,7 +165,7 @@ def _public_beside_sum(ctx: Context, args: Any) -> bool:
     return kinds <= {Public, SampleSum, Affine} and not any(ctx.type(arg).scale for arg in args)
 
 
-@rule(aten.flip, aten.roll)
+@rule(aten.flip, aten.roll, prims.rev)
 def reorder(ctx: Context, node: fx.Node) -> Result:
     dims = node.args[2] if node.target is aten.roll.default and len(node.args) > 2 else node.args[1]
     if node.target is aten.roll.default and len(node.args) < 3:
