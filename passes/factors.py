@@ -34,7 +34,8 @@ class Rows:
 
 
 def wide(x: Tensor) -> Tensor:
-    """Norms accumulate in float32 or better."""
+    """Norms accumulate in float32 or better. Complex values come here as pairs of real ones."""
+    assert not x.is_complex()
     return x if x.dtype == torch.float64 else x.float()
 
 

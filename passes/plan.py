@@ -132,6 +132,8 @@ def use_kind(use: Use) -> str:
 def factored(gradient: ParameterGradient, ctx: Context) -> tuple[Factor, ...] | None:
     """The gradient as a sum of matrix products and embedding rows, if its tail only adds, renames and transposes them."""
     assert gradient.node is not None
+    if any(use.node.meta["val"].is_complex() for use in gradient.uses):
+        return None
     uses = {use.node: use for use in gradient.uses}
     found = _walk(gradient.node, False, uses, ctx, alone=len(uses) == 1)
     return tuple(found) if found else None

@@ -13,6 +13,7 @@ from torch import fx
 from torch._dynamo.utils import dynamo_timed
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
+from .canonicalize import canonicalize_pass
 from .graph_spec import GraphSpec
 from .match import ParameterGradient, gradient_outputs, match_gradients
 from .normalize_loss import Replacement, normalize_loss_pass
@@ -63,6 +64,7 @@ class PrivateGradientsPass(CustomGraphPass):
         if batch == 0:
             return Context(batch, {}), []
         with dynamo_timed("flashnorm.type_samples"):
+            canonicalize_pass(graph)
             ctx = type_samples(graph, self.spec)
             replacements = normalize_loss_pass(graph, self.spec, ctx)
             if replacements:

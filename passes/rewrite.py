@@ -130,7 +130,8 @@ class _Writer:
         if plan.chosen == "ghost":
             return squared_norms([_factor_values(factor, values, batch) for factor in plan.factors]).float()
         assert dense is not None
-        return wide(_real(dense)).square().flatten(1).sum(1).float()
+        squares = wide(_real(dense)).square()
+        return (squares.sum(list(range(1, squares.dim()))) if squares.dim() > 1 else squares).float()
 
     def _released(self, plan: ParameterPlan, dense: Tensor | None, values: Values, factors: Tensor, keys: Tensor, std: Tensor) -> Tensor:
         gradient = plan.gradient

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import ZOO
+from models.zoo import ZOO
 from oracle import Gradients, assert_agree, case_gradients, clip, halving_options, in_double
 
 pytestmark = pytest.mark.slow
@@ -58,50 +58,36 @@ def _hits(counters: dict[str, int]) -> int:
     return counters["fx_hits"] + counters["aot_hits"]
 
 
-def test_warm_cache(tmp_path: Path) -> None:
-    """Plain, private, private again, then plain again, all in one directory: each gets its own, and hits are real."""
+def test_private_artifacts_are_reused_by_their_like(tmp_path: Path) -> None:
+    """Private, plain, private again, other options, noise: one directory, but each gets its own, and hits are real."""
     process, options = Process(tmp_path), _options("flat")
-    gradients, _ = process("inductor", {})
-    assert_agree(gradients, _plain())
-
     cold, counters = process("flashnorm", options)
-    assert _hits(counters) == 0, f"a plain artifact was taken: {counters}"
+    assert _hits(counters) == 0
     assert_agree(cold, _want(options))
+
+    gradients, counters = process("inductor", {})
+    assert _hits(counters) == 0, f"a private artifact was served to a plain compile: {counters}"
+    assert_agree(gradients, _plain())
 
     warm, counters = process("flashnorm", options)
     assert _hits(counters) > 0, f"the second process compiled again: {counters}"
     assert all(torch.equal(warm[name], cold[name]) for name in cold)
 
-    gradients, counters = process("inductor", {})
+    # Read at run time or baked into the graph, an option counts whatever the cache holds.
+    others = _options("per_layer", norm_algorithm="ghost", expected_batch_size=9.0)
+    gradients, _ = process("flashnorm", others)
+    assert_agree(gradients, _want(others))
+
+    noisy = options | {"noise_multiplier": 1.0}
+    (first, _), (second, counters) = (process("flashnorm", noisy) for _ in range(2))
     assert _hits(counters) > 0
-    assert_agree(gradients, _plain())
+    assert all(not torch.equal(first[name], second[name]) for name in first), "two processes drew the same noise"
 
 
-def test_other_options_are_other_artifacts(tmp_path: Path) -> None:
-    """What is baked into the graph is in the key; what is read at run time (the clipping norm) is right when warm."""
-    process = Process(tmp_path)
-    flat = _options("flat")
-    for options in (flat, _options("per_layer"), flat | {"loss_reduction": "mean", "expected_batch_size": 9.0}):
-        gradients, _ = process("flashnorm", options)
-        assert_agree(gradients, _want(options))
-    smaller = flat | {"max_grad_norm": flat["max_grad_norm"] / 3}
-    gradients, _ = process("flashnorm", smaller)
-    assert_agree(gradients, _want(smaller))
-
-
-def test_private_first_then_plain(tmp_path: Path) -> None:
-    """A private artifact is never served to a plain compile of the same model."""
+def test_plain_artifacts_are_never_taken_for_private_ones(tmp_path: Path) -> None:
     process, options = Process(tmp_path), _options("automatic")
-    gradients, _ = process("flashnorm", options)
-    assert_agree(gradients, _want(options))
-    gradients, counters = process("inductor", {})
-    assert _hits(counters) == 0
+    gradients, _ = process("inductor", {})
     assert_agree(gradients, _plain())
-
-
-def test_noise_is_fresh_from_a_warm_cache(tmp_path: Path) -> None:
-    """Two processes that load the same artifact draw different noise."""
-    process, options = Process(tmp_path), _options("flat", noise_multiplier=1.0)
-    (first, _), (second, counters) = (process("flashnorm", options) for _ in range(2))
-    assert _hits(counters) > 0
-    assert all(not torch.equal(first[name], second[name]) for name in first)
+    gradients, counters = process("flashnorm", options)
+    assert _hits(counters) == 0, f"a plain artifact was taken: {counters}"
+    assert_agree(gradients, _want(options))

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import ZOO
 from models.algebra import Mlp
+from models.zoo import ZOO
 from oracle import (
     assert_agree,
     case_gradients,

@@ -37,6 +37,7 @@ fuzzing = settings(
     derandomize=not EXAMPLES,
     database=None,
     print_blob=True,
+    phases=list(Phase) if EXAMPLES else [Phase.explicit, Phase.generate],  # shrinking takes minutes: for `make fuzz`
     suppress_health_check=list(HealthCheck),
 )
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from flashnorm_compile.passes.errors import PrivacyError
-from models import ZOO
 from models.sequence import Checkpointed, Dropped
+from models.zoo import ZOO
 from oracle import assert_agree, case_gradients, check, clip, gradients_of, halving_options, norm
 
 # One of each kind through Inductor's code generation; FLASHNORM_TEST_BACKEND=flashnorm sends the whole zoo through it.

@@ -20,7 +20,7 @@ class Reader(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.project = nn.Linear(4, 8)
-        self.positions = nn.Parameter(torch.randn(6, 8))
+        self.positions = nn.Parameter(torch.randn(7, 8))
         self.attention = Attention()
         self.conv = nn.Conv1d(8, 8, 3, padding=1, groups=2)
         self.gain = nn.Parameter(torch.tensor(1.0))
@@ -31,7 +31,7 @@ class Reader(nn.Module):
 
 
 class Release:
-    """Clipped sums (no noise) of a compiled model on any batch of records [B, 6, 4]."""
+    """Clipped sums (no noise) of a compiled model on any batch of records [B, 7, 4]."""
 
     def __init__(self, backend: str, **options: Any) -> None:
         torch.manual_seed(0)
@@ -53,16 +53,16 @@ class Release:
 
 
 def _random(scale: float) -> Callable[[], Tensor]:
-    return lambda: scale * torch.randn(1, 6, 4)
+    return lambda: scale * torch.randn(1, 7, 4)
 
 
 def _filled(value: float) -> Callable[[], Tensor]:
-    return lambda: torch.full((1, 6, 4), value)
+    return lambda: torch.full((1, 7, 4), value)
 
 
 def _one_bad_entry(value: float) -> Callable[[], Tensor]:
     def record() -> Tensor:
-        x = torch.randn(1, 6, 4)
+        x = torch.randn(1, 7, 4)
         x[0, 3, 2] = value
         return x
 
@@ -109,7 +109,7 @@ def _fresh_start() -> None:
 @pytest.mark.parametrize("record", RECORDS)
 def test_remove_or_add(release: Release, record: str) -> None:
     """At most C, wherever in the batch the record stands."""
-    others = torch.randn(BATCH, 6, 4)
+    others = torch.randn(BATCH, 7, 4)
     for place in (0, 2, BATCH):
         batch = torch.cat([others[:place], RECORDS[record](), others[place:]])
         assert release.distance(batch, others) <= NORM * (1 + SLACK)
@@ -118,7 +118,7 @@ def test_remove_or_add(release: Release, record: str) -> None:
 @pytest.mark.parametrize("record", RECORDS)
 def test_replace_or_blank(release: Release, record: str) -> None:
     """At most 2 C for a replaced record; at most C (1 + slack) more than what the ordinary one held."""
-    batch = torch.randn(BATCH, 6, 4)
+    batch = torch.randn(BATCH, 7, 4)
     neighbour = batch.clone()
     neighbour[1] = RECORDS[record]()[0]
     assert release.distance(batch, neighbour) <= 2 * NORM * (1 + SLACK)
@@ -127,7 +127,7 @@ def test_replace_or_blank(release: Release, record: str) -> None:
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3, 1e8])
 def test_opposite_records(release: Release, scale: float) -> None:
     """The worst neighbour: the same record with its sign turned; and many copies of one, which must still add up."""
-    batch = scale * torch.randn(BATCH, 6, 4)
+    batch = scale * torch.randn(BATCH, 7, 4)
     neighbour = batch.clone()
     neighbour[3] *= -1
     assert release.distance(batch, neighbour) <= 2 * NORM * (1 + SLACK)
@@ -137,23 +137,23 @@ def test_opposite_records(release: Release, scale: float) -> None:
 
 def test_record_that_is_clipped_reaches_the_bound(release: Release) -> None:
     """Not by returning too little: a record well above the norm contributes C (its groups', all of them together)."""
-    others = torch.randn(BATCH, 6, 4)
-    batch = torch.cat([others, 50 * torch.randn(1, 6, 4)])
+    others = torch.randn(BATCH, 7, 4)
+    batch = torch.cat([others, 50 * torch.randn(1, 7, 4)])
     assert release.distance(batch, others) >= 0.97 * NORM
 
 
 def test_random_neighbours(release: Release) -> None:
     """Forty random pairs over eight orders of magnitude."""
     for _ in range(40):
-        batch = torch.randn(BATCH, 6, 4) * torch.logspace(-4, 4, 9)[torch.randint(9, (BATCH, 1, 1))]
+        batch = torch.randn(BATCH, 7, 4) * torch.logspace(-4, 4, 9)[torch.randint(9, (BATCH, 1, 1))]
         neighbour = batch.clone()
-        neighbour[torch.randint(BATCH, ())] = torch.randn(6, 4) * 10 ** (8 * torch.rand(()).item() - 4)
+        neighbour[torch.randint(BATCH, ())] = torch.randn(7, 4) * 10 ** (8 * torch.rand(()).item() - 4)
         assert release.distance(batch, neighbour) <= 2 * NORM * (1 + SLACK)
 
 
 def test_bad_record_contributes_exactly_zero(release: Release) -> None:
     """Bit for bit what zero in its place would give; the others do not notice that it was there."""
-    batch = torch.randn(BATCH, 6, 4)
+    batch = torch.randn(BATCH, 7, 4)
     with_nan, with_inf = batch.clone(), batch.clone()
     with_nan[2], with_inf[2] = torch.nan, torch.inf
     a, b = release(with_nan), release(with_inf)
@@ -163,7 +163,7 @@ def test_bad_record_contributes_exactly_zero(release: Release) -> None:
 
 
 def test_batch_of_bad_records_only(release: Release) -> None:
-    assert not any(value.any() for value in release(torch.full((BATCH, 6, 4), torch.nan)).values())
+    assert not any(value.any() for value in release(torch.full((BATCH, 7, 4), torch.nan)).values())
 
 
 class Weighted(nn.Module):

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..sample_types import Affine, Axis, Mixed, PerSample, Public, SampleSum, SampleType, scale_product
-from .join import NONLINEAR_SUM, SUM_TIMES_SAMPLE, is_zero
-from .registry import Context, Result, rule
+from ..sample_types import Affine, Axis, Mixed, PerSample, Public, SampleSum, SampleType, common_scale, scale_product
+from .join import NONLINEAR_SUM, SUM_TIMES_SAMPLE, is_zero, multiplicative
+from .registry import Context, Result, present, rule
 
-aten = torch.ops.aten
+aten, prims = torch.ops.aten, torch.ops.prims
 
 
 def contract(ctx: Context, node: fx.Node, equation: str, left: Any, right: Any) -> SampleType:
@@ -61,15 +61,21 @@ def matrix_product_plus(ctx: Context, node: fx.Node) -> Result:
     return add_types(ctx, node, contract(ctx, node, equation[node.target], left, right), bias)
 
 
-def add_types(ctx: Context, node: fx.Node, type_: SampleType, bias: Any) -> SampleType:
-    """The type of a computed term plus an operand that broadcasts against it."""
+def add_types(ctx: Context, node: fx.Node, type_: SampleType, bias: Any, sums: bool = False) -> SampleType:
+    """The type of a computed term plus an operand that broadcasts against it.
+
+    ``sums``: whether the term may be a sum over samples added to another (not where the node itself reduces).
+    """
     other = ctx.type(bias)
     if is_zero(ctx, bias) or isinstance(type_, Mixed):
         return type_
     if isinstance(other, Mixed):
         return other
-    if type_.scale != other.scale:
+    scale = common_scale([type_.scale, other.scale])
+    if scale is None:
         return ctx.mixed(node, "terms that are scaled by different batch-dependent numbers are added")
+    if isinstance(type_, Public) and type_.zero:
+        return other
     if isinstance(other, Public):
         if isinstance(type_, (Public, PerSample)) and not type_.scale:
             return Public() if isinstance(type_, Public) else type_
@@ -78,8 +84,10 @@ def add_types(ctx: Context, node: fx.Node, type_: SampleType, bias: Any) -> Samp
         axis = Axis(other.axis.dim + len(ctx.shape(node)) - len(ctx.shape(bias)), other.axis.inner)
         if isinstance(type_, Public) and not type_.scale:
             return PerSample(axis)
-        if isinstance(type_, PerSample) and type_.axis == axis:
-            return type_
+        if isinstance(type_, PerSample) and (type_.axis == axis or ctx.batch == 1):
+            return PerSample(axis, scale)
+    if isinstance(other, SampleSum) and isinstance(type_, SampleSum) and sums:
+        return SampleSum(scale)
     return ctx.mixed(node, NONLINEAR_SUM)
 
 
@@ -140,3 +148,19 @@ def convolution_backward(ctx: Context, node: fx.Node) -> Result:
     if isinstance(one, PerSample):
         to_bias = SampleSum(one.scale) if one.axis.dim == 0 else ctx.mixed(node, "a convolution runs over the sample axis")
     return to_input, to_weight, to_bias
+
+
+def _fused_product(ctx: Context, node: fx.Node, one: Any, two: Any, addend: Any, inverse: bool = False) -> SampleType:
+    found = multiplicative(ctx, node, one, two, inverse)
+    return add_types(ctx, node, found, addend, sums=True)
+
+
+@rule(*present(prims, "fma"))
+def fma(ctx: Context, node: fx.Node) -> Result:
+    return _fused_product(ctx, node, *node.args)
+
+
+@rule(aten.addcmul, aten.addcdiv)
+def addcmul(ctx: Context, node: fx.Node) -> Result:
+    addend, one, two = node.args[:3]
+    return _fused_product(ctx, node, one, two, addend, inverse=node.target is aten.addcdiv.default)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..sample_types import PUBLIC, Axis, Expr, Mixed, PerSample, Public, SampleSum, SampleType
+from ..sample_types import PUBLIC, Axis, Expr, Mixed, PerSample, Public, SampleSum, SampleType, expression
 from .join import NONLINEAR_SCALE, NONLINEAR_SUM, TWO_AXES, additive, is_zero, pointwise
 from .registry import Context, Result, rule
 
@@ -323,3 +323,25 @@ def bucketize(ctx: Context, node: fx.Node) -> Result:
     if not isinstance(ctx.type(boundaries), Public):
         return ctx.first_mixed(node.args[:2]) or ctx.mixed(node, "the bucket boundaries depend on samples")
     return pointwise(ctx, node, [values])
+
+
+@rule(aten._embedding_bag, aten._embedding_bag_forward_only)
+def embedding_bag(ctx: Context, node: fx.Node) -> Result:
+    """Flat ids with a bag per sample: offsets that count in steps of a sample's ids."""
+    weight, ids, offsets = node.args[:3]
+    mixed = ctx.first_mixed((weight, ids, offsets))
+    if mixed is not None:
+        return (mixed,) * 4
+    type_ = ctx.type(ids)
+    if isinstance(type_, Public) and isinstance(ctx.type(weight), Public) and isinstance(ctx.type(offsets), Public):
+        return (PUBLIC,) * 4
+    per_bag = isinstance(offsets, fx.Node) and offsets.target is torch.ops.prims.iota.default and offsets.kwargs["start"] == 0
+    if per_bag and isinstance(type_, PerSample) and type_.axis.dim == 0 and isinstance(ctx.type(weight), Public):
+        if expression(_value(offsets.kwargs["step"])) == type_.axis.inner and ctx.shape(offsets)[0] == ctx.batch:
+            own = PerSample(Axis(0))
+            return own, Public(iota=type_.axis), own, own
+    return (ctx.mixed(node, "a bag may hold values of several samples: pass ids of shape [B, T] without offsets"),) * 4
+
+
+def _value(arg: Any) -> Any:
+    return arg.meta["val"] if isinstance(arg, fx.Node) else arg

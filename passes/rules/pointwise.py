@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..sample_types import PUBLIC, Affine, Mixed, Public, SampleSum, SampleType
-from .join import NONLINEAR_SCALE, NONLINEAR_SUM, additive, multiplicative, pointwise
+from ..sample_types import PUBLIC, Affine, Axis, Mixed, PerSample, Public, SampleSum, SampleType, expression
+from .join import NONLINEAR_SCALE, NONLINEAR_SUM, additive, along, multiplicative, pointwise
 from .registry import Context, Result, rule
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -72,19 +72,31 @@ def passes_through(ctx: Context, node: fx.Node) -> Result:
     return ctx.type(node.args[0])
 
 
-@rule(prims.convert_element_type, aten._to_copy, prims.device_put, aten.view.dtype)
+@rule(prims.convert_element_type, aten._to_copy, prims.device_put)
 def convert(ctx: Context, node: fx.Node) -> Result:
     type_ = ctx.type(node.args[0])
     old, new = node.args[0].meta["val"].dtype, node.meta["val"].dtype
     keeps = new.is_floating_point or new.is_complex
-    if node.target is aten.view.dtype:
-        keeps = old == new
     if keeps or isinstance(type_, Mixed):
         return type_
     if isinstance(type_, (SampleSum, Affine)):
         integers = not old.is_floating_point and not old.is_complex and new not in (torch.bool,)
         return type_ if integers else ctx.mixed(node, NONLINEAR_SUM)
     return ctx.mixed(node, NONLINEAR_SCALE) if type_.scale else type_
+
+
+@rule(aten.view.dtype)
+def reinterpret(ctx: Context, node: fx.Node) -> Result:
+    """Complex numbers as pairs of reals and back are linear; any other reinterpretation of bits is not."""
+    type_ = ctx.type(node.args[0])
+    old, new = node.args[0].meta["val"].dtype, node.meta["val"].dtype
+    pairs = {old.is_complex, new.is_complex} == {True, False} and old.to_real() == new.to_real()
+    if not pairs and old != new:
+        return along(ctx, node, node.args[0], [-1], linear=False, what="it reinterprets bits along the samples")
+    if isinstance(type_, PerSample) and old != new and type_.axis.dim == len(ctx.shape(node)) - 1:
+        grown, shrunk = (2, 1) if old.is_complex else (1, 2)
+        return PerSample(Axis(type_.axis.dim, type_.axis.inner * grown / shrunk), type_.scale)
+    return type_
 
 
 @rule(
@@ -109,8 +121,6 @@ def constant(ctx: Context, node: fx.Node) -> Result:
 
 @rule(prims.iota)
 def iota(ctx: Context, node: fx.Node) -> Result:
-    from ..sample_types import Axis, expression
-
     length = expression(node.args[0] if not isinstance(node.args[0], fx.Node) else node.args[0].meta["val"])
     counts_samples = node.kwargs.get("start") == 0 and node.kwargs.get("step") == 1 and length == ctx.batch
     return Public(iota=Axis(0) if counts_samples else None)

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from ..sample_types import Affine, Mixed, PerSample, Public, SampleSum
-from .join import NONLINEAR_SUM, along
+from .join import NONLINEAR_SUM, along, is_zero
 from .registry import Context, Result, rule
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -82,7 +82,7 @@ def matrix_exp(ctx: Context, node: fx.Node) -> Result:
     type_ = ctx.type(source)
     if isinstance(type_, Affine):
         half = block_upper_triangular(ctx, source)
-        return Affine(half) if half is not None else ctx.mixed(node, NONLINEAR_SUM)
+        return Affine(half, scale=type_.scale) if half is not None else ctx.mixed(node, NONLINEAR_SUM)
     rank = len(ctx.shape(source))
     return along(ctx, node, source, [rank - 2, rank - 1], linear=False)
 
@@ -90,27 +90,20 @@ def matrix_exp(ctx: Context, node: fx.Node) -> Result:
 def block_upper_triangular(ctx: Context, node: fx.Node) -> Any:
     """n if the node builds a 2n x 2n matrix ``[[A, G], [0, A]]`` in which only G is a sum over samples, else ``None``.
 
-    Autograd writes the three blocks into zeros, each into a slice of the rows that is written back.
+    This is how autograd differentiates a function of a matrix.
     """
-    size = ctx.shape(node)[-1]
-    if size % 2 != 0:
+    rows = _halves(ctx, node, -2)
+    blocks = [_halves(ctx, row, -1) for row in rows] if rows else []
+    if len(blocks) != 2 or not all(blocks):
         return None
-    half, rank = size / 2, len(ctx.shape(node))
-    written: dict[tuple[int, int], fx.Node] = {}
-    while node.target is aten.slice_scatter.default and ctx.dim(node.args[2], node) == rank - 2:
-        base, rows = node.args[:2]
-        row = 0 if node.args[3] in (None, 0) else int(node.args[3] == half)
-        if rows.target is not aten.slice_scatter.default or ctx.dim(rows.args[2], rows) != rank - 1:
-            return None
-        column = 0 if rows.args[3] in (None, 0) else int(rows.args[3] == half)
-        if ctx.shape(rows)[-2] != half or ctx.shape(rows.args[1])[-1] != half:
-            return None
-        below = rows.args[0]
-        if below.target is not aten.slice.Tensor or below.args[0] is not base:
-            return None
-        written.setdefault((row, column), rows.args[1])
-        node = base
-    expected = set(written) == {(0, 0), (1, 1), (0, 1)} and written[0, 0] is written[1, 1]
-    public = expected and isinstance(ctx.type(written[0, 0]), Public) and isinstance(ctx.type(node), Public)
-    linear = public and isinstance(ctx.type(written[0, 1]), SampleSum) and getattr(ctx.type(node), "zero", False)
-    return half if linear and not isinstance(ctx.type(written[0, 1]), Mixed) else None
+    (upper, corner), (zero, lower) = blocks
+    public = upper is lower and isinstance(ctx.type(upper), Public) and not ctx.type(upper).scale
+    square = ctx.shape(corner) == ctx.shape(upper) and ctx.shape(upper)[-1] == ctx.shape(upper)[-2]
+    fits = public and square and isinstance(ctx.type(corner), SampleSum) and is_zero(ctx, zero)
+    return ctx.shape(upper)[-1] if fits else None
+
+
+def _halves(ctx: Context, node: fx.Node, dim: int) -> list[Any]:
+    if node.target is not aten.cat.default or len(node.args[0]) != 2 or len(node.args) < 2:
+        return []
+    return list(node.args[0]) if ctx.dim(node.args[1], node) == len(ctx.shape(node)) + dim else []

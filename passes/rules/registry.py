@@ -49,6 +49,11 @@ def rule(*targets: Any) -> Callable[[Rule], Rule]:
     return register
 
 
+def present(namespace: Any, *names: str) -> list[Any]:
+    """Those of the operators that this version of torch has."""
+    return [getattr(namespace, name) for name in names if hasattr(namespace, name)]
+
+
 class Context:
     """What a rule may ask: the types, shapes and values of a node's arguments."""
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._prims_common import is_contiguous_or_false
 
-from ..sample_types import Affine, Axis, Expr, Mixed, PerSample, Public, SampleSum, divides, expression
+from ..sample_types import Affine, Axis, Expr, Mixed, PerSample, Public, SampleSum, Scale, divides, expression, product
 from .join import NONLINEAR_SUM, additive, along, is_zero
 from .registry import Context, Result, rule
 
@@ -20,6 +21,20 @@ def view(ctx: Context, node: fx.Node) -> Result:
     return ctx.view(ctx.type(source), node, ctx.shape(source), ctx.shape(node))
 
 
+@rule(aten.as_strided)
+def as_strided(ctx: Context, node: fx.Node) -> Result:
+    """Reads memory, not dimensions: known only where it amounts to a view of the whole contiguous tensor."""
+    source = node.args[0]
+    old, new = source.meta["val"], node.meta["val"]
+    whole = is_contiguous_or_false(old) and is_contiguous_or_false(new) and product(ctx.shape(source)) == product(ctx.shape(node))
+    offset = node.args[3] if len(node.args) > 3 else None
+    if whole and (offset is None or offset == old.storage_offset()):
+        return ctx.view(ctx.type(source), node, ctx.shape(source), ctx.shape(node))
+    if isinstance(ctx.type(source), Public):
+        return Public(scale=ctx.type(source).scale)
+    return ctx.first_mixed([source]) or ctx.mixed(node, "it reads memory across dimensions")
+
+
 def _renamed(ctx: Context, source: Any, new_dim: Any) -> Result:
     """The type after dimension ``d`` became ``new_dim(d)``."""
     type_ = ctx.type(source)
@@ -28,6 +43,13 @@ def _renamed(ctx: Context, source: Any, new_dim: Any) -> Result:
     if isinstance(type_, Public) and type_.iota is not None:
         return Public(type_.zero, Axis(new_dim(type_.iota.dim), type_.iota.inner), type_.scale)
     return type_
+
+
+@rule(aten.copy)
+def copy(ctx: Context, node: fx.Node) -> Result:
+    """The second operand, broadcast to the shape of the first."""
+    added = len(ctx.shape(node)) - len(ctx.shape(node.args[1]))
+    return _renamed(ctx, node.args[1], lambda dim: dim + added)
 
 
 @rule(aten.permute)
@@ -156,13 +178,20 @@ def cat(ctx: Context, node: fx.Node) -> Result:
         public = [t for t in tensors if isinstance(ctx.type(t), Public) and not is_zero(ctx, t)]
         return ctx.mixed(node, "it appends public rows to the batch") if public and ctx.batch != 1 else found
     if isinstance(found, Mixed) and found.origin is node and _public_beside_sum(ctx, tensors):
-        return Affine()
+        return Affine(scale=_scale_of_sums(ctx, tensors))
     return found
 
 
 def _public_beside_sum(ctx: Context, args: Any) -> bool:
-    kinds = {type(ctx.type(arg)) for arg in args}
-    return kinds <= {Public, SampleSum, Affine} and not any(ctx.type(arg).scale for arg in args)
+    """Whether public values and sums over samples stand side by side (not added), as in a block matrix."""
+    types = [ctx.type(arg) for arg in args]
+    sums = {type_.scale for type_ in types if isinstance(type_, (SampleSum, Affine))}
+    unscaled = not any(type_.scale for type_ in types if isinstance(type_, Public))
+    return {type(type_) for type_ in types} <= {Public, SampleSum, Affine} and len(sums) == 1 and unscaled
+
+
+def _scale_of_sums(ctx: Context, args: Any) -> Scale:
+    return next(ctx.type(arg).scale for arg in args if not isinstance(ctx.type(arg), Public))
 
 
 @rule(aten.flip, aten.roll, prims.rev)
@@ -198,7 +227,7 @@ def slice_scatter(ctx: Context, node: fx.Node) -> Result:
         if not _whole_periods(ctx, found.axis, start, ctx.shape(part)[dim]):
             return ctx.mixed(node, "it writes to some of the samples")
     if isinstance(found, Mixed) and found.origin is node and _public_beside_sum(ctx, (base, part)):
-        return Affine()
+        return Affine(scale=_scale_of_sums(ctx, (base, part)))
     return found
 
 

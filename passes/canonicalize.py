@@ -1,0 +1,73 @@
+"""Writes operators that hide their reduction over the samples out of simpler ones, before the graph is typed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx.experimental.proxy_tensor import make_fx
+
+aten, prims = torch.ops.aten, torch.ops.prims
+SUM, MEAN = 0, 1
+
+
+def canonicalize_pass(graph: fx.Graph) -> None:
+    """Replaces embedding-bag gradients by a gather of the bags' gradients and an indexed addition."""
+    for node in graph.find_nodes(op="call_function", target=aten._embedding_bag_backward.default):
+        by_frequency, mode, sparse = node.args[7:10]
+        regular = getattr(node.args[2], "target", None) is prims.iota.default
+        if regular and mode in (SUM, MEAN) and not by_frequency and not sparse:
+            _replace(graph, node, _embedding_bag_backward)
+    graph.lint()
+
+
+def _embedding_bag_backward(
+    grad: Tensor,
+    ids: Tensor,
+    offsets: Tensor,
+    bag_of: Tensor,
+    bag_size: Tensor,
+    largest: Tensor,
+    rows: int,
+    by_frequency: bool,
+    mode: int,
+    sparse: bool,
+    weights: Tensor | None,
+    padding: int = -1,
+) -> Tensor:
+    """Bags of equal size T, as 2-D ids give: grad [bags, d], ids [bags * T] -> [rows, d]."""
+    bags = grad.shape[0]
+    bag_of = torch.arange(bags, device=ids.device).unsqueeze(1).expand(bags, ids.shape[0] // bags).reshape(-1)
+    values = grad[bag_of]
+    if mode == MEAN:
+        counted = (ids != padding).view(bags, -1).sum(1) if padding >= 0 else torch.full_like(grad[:, 0], ids.shape[0] // bags)
+        values = values / counted.clamp(min=1)[bag_of].unsqueeze(1)
+    if weights is not None:
+        values = values * weights.unsqueeze(1)
+    if padding >= 0:
+        values = torch.where((ids != padding).unsqueeze(1), values, 0)
+    return values.new_zeros(rows, grad.shape[1]).index_put((ids,), values, accumulate=True)
+
+
+def _replace(graph: fx.Graph, node: fx.Node, function: Any) -> None:
+    tensors = [arg for arg in node.args if isinstance(arg, fx.Node)]
+
+    def of_tensors(*values: Any) -> Any:
+        given = iter(values)
+        return function(*[next(given) if isinstance(arg, fx.Node) else arg for arg in node.args])
+
+    examples = [arg.meta["val"] for arg in tensors]
+    with examples[0].fake_mode, enable_python_dispatcher():
+        traced = make_fx(of_tensors, select_decomp_table(), tracing_mode="real", _allow_non_fake_inputs=True)(*examples)
+    env: dict[fx.Node, fx.Node] = dict(zip(traced.graph.find_nodes(op="placeholder"), tensors))
+    with graph.inserting_before(node):
+        for inner in traced.graph.nodes:
+            if inner.op in ("placeholder", "output"):
+                continue
+            env[inner] = graph.node_copy(inner, env.__getitem__)
+            env[inner].meta = {**node.meta, "val": inner.meta["val"]}
+    node.replace_all_uses_with(env[traced.graph.output_node().args[0]])  # type: ignore[index]
+    graph.erase_node(node)
