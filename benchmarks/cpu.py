@@ -105,10 +105,7 @@ def run_case(case: Case, arguments: argparse.Namespace) -> list[Row]:
         contenders["eager"] = Contender(model, inputs, None, forward_backward_only=only)
     steps: dict[str, Step] = {name: contender.step for name, contender in contenders.items()}
     times = interleave(steps, arguments.repeats, at_least_s=arguments.seconds)
-    return [
-        _row(case, name, contender, times, error if name == "flashnorm" else None)
-        for name, contender in contenders.items()
-    ]
+    return [_row(case, name, contender, times, error if name == "flashnorm" else None) for name, contender in contenders.items()]
 
 
 def _pass_gate(private: Contender, case: Case) -> float:

@@ -69,14 +69,19 @@ def compile_private(
     mode: str | None = None,
     inner_compile: Callable[..., Any] = compile_fx_inner,
     observers: tuple[Observer, ...] = (),
+    protect: bool = True,
 ) -> CompiledGraph:
-    """Compiles one captured graph; graphs that train nothing go to Inductor as they are."""
+    """Compiles one captured graph; graphs that train nothing go to Inductor as they are.
+
+    ``protect``: whether optimizers refuse the parameters' gradients from here on unless they are private.
+    """
     settings = {**_compat.mode_settings(mode), **(options.inductor or {})}
     nodes = gm.graph.find_nodes(op="placeholder")
     trains = torch.is_grad_enabled() and any(_is_trainable(example_of(node)) for node in nodes)
     if not trains:
         return _compile(gm, example_inputs, inner_compile, settings)
-    _protect(nodes)
+    if protect:
+        _protect(nodes)
     specs = classify(gm, options.batch_dims)
     reason = break_reason(gm)
     gm, inputs = with_handle(gm, example_inputs)
@@ -102,7 +107,8 @@ def _compile(
 ) -> CompiledGraph:
     cache = cache and inner is compile_fx_inner
     with torch._functorch.config.patch({} if cache else {"enable_autograd_cache": False}):
-        return compile_fx(gm, inputs, inner_compile=inner, config_patches=settings or None)
+        compiled: Any = compile_fx(gm, inputs, inner_compile=inner, config_patches=settings or None)
+        return compiled
 
 
 def _is_trainable(example: Any) -> bool:

@@ -107,9 +107,7 @@ class Binding:
     def describe(self) -> str:
         """Names the graph for an error: its modules, and why the graph before it ended."""
         modules = list(dict.fromkeys(name.rpartition(".")[0] or name for name in self.names))
-        text = (
-            "the graph over " + ", ".join(modules[:4]) + (f" and {len(modules) - 4} more" if len(modules) > 4 else "")
-        )
+        text = "the graph over " + ", ".join(modules[:4]) + (f" and {len(modules) - 4} more" if len(modules) > 4 else "")
         return text + (f" (graph break: {self.break_reason.strip()})" if self.break_reason else "")
 
     @torch.no_grad()

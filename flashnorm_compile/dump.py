@@ -35,7 +35,11 @@ def observers(spec: GraphSpec) -> tuple[Observer, ...]:
             rows = plan_rows(outcome)
             for row in rows:
                 log.info("%s: %s (%s): %s", row["name"], row["algorithm"], row["frontier"], row["why"])
-            _emit(f"plan_{number}", "json", lambda: json.dumps({"batch": str(outcome.batch), "parameters": rows}, indent=1))
+            _emit(
+                f"plan_{number}",
+                "json",
+                lambda: json.dumps({"batch": str(outcome.batch), "parameters": rows}, indent=1),
+            )
         _emit(f"joint_{number}_{stage}", "txt", lambda: graph_text(graph))
 
     return (show,)

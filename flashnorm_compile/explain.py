@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import fx, nn
@@ -49,16 +52,12 @@ class Report:
         """How far one sample can move the released sum, and the noise on it."""
         norm, noise = self.options.max_grad_norm, self.options.noise_multiplier
         scale = "" if self.options.loss_reduction == "sum" else ", then divided by the expected batch size"
-        return f"adding or removing one sample moves the sum by at most {norm:g} (L2); noise N(0, {norm * noise:g}^2) per coordinate{scale}"
+        bound = f"adding or removing one sample moves the sum by at most {norm:g} (L2)"
+        return f"{bound}; noise N(0, {norm * noise:g}^2) per coordinate{scale}"
 
     def totals(self) -> dict[str, int | str]:
         """Sums over the parameters of what privacy adds."""
-        result: dict[str, int | str] = {}
-        for key in ("flops", "bytes_moved", "bytes_held"):
-            values = [row[key] for row in self.parameters]
-            numbers = [value for value in values if isinstance(value, int)]
-            result[key] = sum(numbers) if len(numbers) == len(values) else " + ".join(map(str, values))
-        return result
+        return _totals(self.parameters)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values."""
@@ -73,7 +72,7 @@ class Report:
         }
 
     def __str__(self) -> str:
-        console = Console(width=150, record=True, file=_Null())
+        console = Console(width=150, record=True, file=io.StringIO())
         for part in self._parts():
             console.print(part, highlight=False, markup=False) if isinstance(part, str) else console.print(part)
         return console.export_text().rstrip()
@@ -84,34 +83,53 @@ class Report:
     def _parts(self) -> list[Any]:
         if self.refused is not None:
             return ["REFUSED", self.refused]
-        parts: list[Any] = [self._table(), f"clipping: {self.options.clipping}; {self.sensitivity}"]
+        parts: list[Any] = [self._table(), *(f"({number}) {why}" for why, number in self._reasons().items())]
+        parts += ["bytes: moved to and from memory; held: until the clip factors are known"]
+        parts += [f"clipping: {self.options.clipping}; {self.sensitivity}"]
         parts += [f"replaced: {text}" for text in self.replaced]
         return parts if self.loss_inside else [*parts, f"not checked: {LOSS_OUTSIDE}"]
 
     def _table(self) -> Table:
-        table = Table(title=f"private gradients of {len(self.parameters)} parameters, batch size {self.batch}")
-        for column in ("parameter", "shape", "frontier", "algorithm", "why"):
+        """A row for each parameter; those of numbered blocks that are treated alike share one. Reasons stand below."""
+        title = f"private gradients of {len(self.parameters)} parameters, batch size {self.batch}"
+        table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        table.add_column("parameter", overflow="fold")
+        for column in ("shape", "frontier", "algorithm"):
             table.add_column(column, overflow="fold")
-        for column in ("FLOPs", "bytes moved", "bytes held"):
-            table.add_column(column, justify="right")
-        for row in self.parameters:
-            shape = "x".join(map(str, row["shape"])) if row["shape"] is not None else "-"
-            uses = f" ({row['uses']} uses)" if row["uses"] > 1 else ""
-            costs = [_short(row[key]) for key in ("flops", "bytes_moved", "bytes_held")]
-            table.add_row(row["name"], shape, row["frontier"] + uses, row["algorithm"], row["why"], *costs)
+        for column in ("FLOPs", "bytes", "held"):
+            table.add_column(column, justify="right", no_wrap=True)
+        marks = self._reasons()
+        for (name, shape, frontier, algorithm, why), rows in self._alike().items():
+            count = f" x{len(rows)}" if len(rows) > 1 else ""
+            costs = [_short(value) for value in _totals(rows).values()]
+            table.add_row(name + count, shape, frontier, f"{algorithm} ({marks[why]})", *costs)
         table.add_section()
-        table.add_row("total", "", "", "", "", *[_short(value) for value in self.totals().values()])
+        table.add_row("total", "", "", "", *[_short(value) for value in self.totals().values()])
         return table
 
+    def _reasons(self) -> dict[str, int]:
+        """The reasons for the algorithms, numbered as the table cites them."""
+        return {why: number for number, why in enumerate(dict.fromkeys(row["why"] for row in self.parameters), start=1)}
 
-class _Null:
-    """A file that keeps nothing: the console records what it prints."""
+    def _alike(self) -> dict[tuple[str, ...], list[dict[str, Any]]]:
+        """Rows by what the table shows of them; the first number in a name becomes a star."""
+        groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        for row in self.parameters:
+            name = re.sub(r"(^|\.)\d+(?=\.)", r"\1*", row["name"], count=1)
+            shape = "x".join(map(str, row["shape"])) if row["shape"] is not None else "-"
+            uses = f" ({row['uses']} uses)" if row["uses"] > 1 else ""
+            groups.setdefault((name, shape, row["frontier"] + uses, row["algorithm"], row["why"]), []).append(row)
+        return {(rows[0]["name"] if len(rows) == 1 else key[0], *key[1:]): rows for key, rows in groups.items()}
 
-    def write(self, text: str) -> int:
-        return len(text)
 
-    def flush(self) -> None:
-        return None
+def _totals(rows: Sequence[Mapping[str, Any]]) -> dict[str, int | str]:
+    """Sums of the costs; a sum with a symbolic size in it is text."""
+    result: dict[str, int | str] = {}
+    for key in ("flops", "bytes_moved", "bytes_held"):
+        values = [row[key] for row in rows]
+        numbers = [value for value in values if isinstance(value, int)]
+        result[key] = sum(numbers) if len(numbers) == len(values) else " + ".join(map(str, values))
+    return result
 
 
 def _short(value: int | str) -> str:
@@ -147,7 +165,7 @@ def explain(model: Any, *inputs: Any, options: Mapping[str, Any] | None = None, 
                 outcomes.append((outcome, _has_scalar_output(graph)))
                 raise _Explained
 
-        return compile_private(gm, example_inputs, parsed, inner_compile=_compat.run_graph, observers=(stop,))
+        return compile_private(gm, example_inputs, parsed, inner_compile=_compat.run_graph, observers=(stop,), protect=False)
 
     target = getattr(model, "_orig_mod", model)
     if isinstance(target, nn.Module):

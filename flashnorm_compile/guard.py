@@ -180,9 +180,7 @@ def watch(outputs: Any, binding: Binding) -> None:
     node.register_hook(partial(_note, binding, slots))
 
 
-def _note(
-    binding: Binding, slots: list[tuple[int, _Record]], grad_inputs: Sequence[Tensor | None], grad_outputs: Any
-) -> None:
+def _note(binding: Binding, slots: list[tuple[int, _Record]], grad_inputs: Sequence[Tensor | None], grad_outputs: Any) -> None:
     release, binding.last_release = binding.last_release, None
     if release is None or release.backward < 0 or release.backward != current_backward():
         return

@@ -61,7 +61,7 @@ def classify(gm: fx.GraphModule, batch_dims: Mapping[str, int | None] | None) ->
     roots = _parameter_root(nodes, sources)
     dims = _Dimensions(batch_dims or {})
     specs: list[InputSpec] = []
-    for node, source in zip(nodes, sources):
+    for node, source in zip(nodes, sources, strict=True):
         name = readable_name(source)
         short = name.removeprefix(roots) if roots else name
         specs.append(_classify_one(node, source, short, name, dims))
@@ -73,7 +73,7 @@ def classify(gm: fx.GraphModule, batch_dims: Mapping[str, int | None] | None) ->
 
 def _parameter_root(nodes: list[fx.Node], sources: list[str]) -> str:
     """The name of the variable that holds the module, if all parameters hang on one."""
-    names = [readable_name(s) for n, s in zip(nodes, sources) if isinstance(example_of(n), nn.Parameter)]
+    names = [readable_name(s) for n, s in zip(nodes, sources, strict=True) if isinstance(example_of(n), nn.Parameter)]
     roots = {name.split(".", 1)[0] for name in names if "." in name}
     return f"{roots.pop()}." if len(roots) == 1 and all("." in name for name in names) else ""
 
@@ -98,7 +98,8 @@ class _Dimensions:
                 near = difflib.get_close_matches(key, names, n=1)
                 hint = f" (did you mean {near[0]!r}?)" if near else ""
                 raise OptionsError(
-                    f"batch_dims names {key!r}, which is not an input of the compiled part{hint}. Its inputs: {', '.join(names) or 'none'}."
+                    f"batch_dims names {key!r}, which is not an input of the compiled part{hint}. "
+                    f"Its inputs: {', '.join(names) or 'none'}."
                 )
 
 
@@ -122,9 +123,7 @@ def _classify_one(node: fx.Node, source: str, short: str, full: str, dims: _Dime
         return InputSpec(full, Role.SCALAR)
     assert dim is not None
     if not -example.dim() <= dim < example.dim():
-        raise BatchDimensionError(
-            f"batch_dims={{{full!r}: {dim}}}: the input has {example.dim()} dimensions ({_shape(example)})."
-        )
+        raise BatchDimensionError(f"batch_dims={{{full!r}: {dim}}}: the input has {example.dim()} dimensions ({_shape(example)}).")
     return InputSpec(full, Role.PRIVATE, dim % example.dim())
 
 
@@ -142,7 +141,7 @@ def _with_unique_parameters(specs: list[InputSpec]) -> list[InputSpec]:
 
 
 def _check_sizes(nodes: list[fx.Node], specs: list[InputSpec]) -> None:
-    sizes = {spec.name: traced(n).shape[spec.dim] for n, spec in zip(nodes, specs) if spec.role is Role.PRIVATE}
+    sizes = {spec.name: traced(n).shape[spec.dim] for n, spec in zip(nodes, specs, strict=True) if spec.role is Role.PRIVATE}
     if len({_comparable(size) for size in sizes.values()}) <= 1:
         return
     first = next(iter(sizes.values()))
@@ -150,15 +149,15 @@ def _check_sizes(nodes: list[fx.Node], specs: list[InputSpec]) -> None:
         return
     shown = "\n".join(
         f"  {spec.name}: {_shape(traced(n))}, samples along dimension {spec.dim}"
-        for n, spec in zip(nodes, specs)
+        for n, spec in zip(nodes, specs, strict=True)
         if spec.role is Role.PRIVATE
     )
     raise BatchDimensionError(
         "the private inputs do not have the same number of samples:\n"
         f"{shown}\n"
-        "Every tensor input that is neither a parameter nor a buffer holds one sample per index of dimension 0, unless you say otherwise: "
-        'batch_dims={"name": dimension} for samples elsewhere, {"name": None} for an input that is public (the same for all samples, '
-        "computed from none)."
+        "Every tensor input that is neither a parameter nor a buffer holds one sample per index of dimension 0, unless you say "
+        'otherwise: batch_dims={"name": dimension} for samples elsewhere, {"name": None} for an input that is public (the same for '
+        "all samples, computed from none)."
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,8 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 def mode_settings(mode: str | None) -> dict[str, Any]:
     """What a ``torch.compile`` mode means for Inductor's config."""
-    return dict(torch._inductor.list_mode_options(mode)) if mode else {}
+    options: Any = torch._inductor.list_mode_options(mode) if mode else {}
+    return dict(options)
 
 
 class _Chained(CustomGraphPass):
@@ -78,14 +78,11 @@ def copy_captured(gm: fx.GraphModule) -> fx.GraphModule:
 
 def constant_source(name: str) -> Any:
     """A source for an input that Dynamo did not make; AOTAutograd asks every input for one."""
-    parameters = inspect.signature(ConstantSource).parameters
-    return ConstantSource(name) if "source_name" in parameters else ConstantSource(name)  # type: ignore[call-arg]
+    return ConstantSource(name)
 
 
 def real_parameters(nodes: Sequence[fx.Node]) -> dict[str, nn.Parameter]:
     """The parameters behind a captured graph's placeholders, by source; empty where Dynamo no longer knows them."""
-    context = torch._guards.TracingContext.try_get()
-    del context
     found: dict[str, nn.Parameter] = {}
     for node in nodes:
         argument = node.meta.get("grapharg")

@@ -62,7 +62,7 @@ def _replace(graph: fx.Graph, node: fx.Node, function: Any) -> None:
     examples = [arg.meta["val"] for arg in tensors]
     with examples[0].fake_mode, enable_python_dispatcher():
         traced = make_fx(of_tensors, select_decomp_table(), tracing_mode="real", _allow_non_fake_inputs=True)(*examples)
-    env: dict[fx.Node, fx.Node] = dict(zip(traced.graph.find_nodes(op="placeholder"), tensors))
+    env: dict[fx.Node, fx.Node] = dict(zip(traced.graph.find_nodes(op="placeholder"), tensors, strict=True))
     with graph.inserting_before(node):
         for inner in traced.graph.nodes:
             if inner.op in ("placeholder", "output"):

@@ -1,4 +1,7 @@
-"""Every mistake a user can make, one class each. All are ``ValueError``; each says what was given, what is allowed and what to do."""
+"""Every mistake a user can make, one class each.
+
+All are ``ValueError``; each says what was given, what is allowed and what to do.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,6 @@ class PrivacyError(ShortenTraceback, ValueError):
 
     Deriving from Dynamo's ``ShortenTraceback`` makes ``torch.compile`` raise it to the user as it is.
     """
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text, first_useful_frame=None)
 
     def __init__(self, message: str) -> None:
         super().__init__(message, first_useful_frame=None)

@@ -70,8 +70,7 @@ def match_gradients(graph: fx.Graph, spec: GraphSpec, ctx: Context) -> list[Para
     """
     rows = {name: row for row, name in enumerate(spec.parameters)}
     found = [
-        _gradient(ctx, name, rows[name], position, value, ctx.batch == 1)
-        for position, name, value in gradient_outputs(graph, spec)
+        _gradient(ctx, name, rows[name], position, value, ctx.batch == 1) for position, name, value in gradient_outputs(graph, spec)
     ]
     _check_mutations(graph, spec, ctx)
     return found
@@ -85,26 +84,28 @@ def gradient_outputs(graph: fx.Graph, spec: GraphSpec) -> list[tuple[int, str, f
     """
     output = graph.output_node()
     found = []
-    for position, (value, desc) in enumerate(zip(output.args[0], output.meta["desc"])):
+    for position, (value, desc) in enumerate(zip(output.args[0], output.meta["desc"], strict=True)):
         while isinstance(desc, aot.SubclassGetAttrAOTOutput):
             desc = desc.base
         if not isinstance(desc, aot.GradAOTOutput):
             continue
         if not isinstance(desc.grad_of, aot.PlainAOTInput):
             raise UnsupportedGraphError(
-                f"the graph returns a gradient of {desc.grad_of.expr()}, which is not a plain input: a tensor subclass, or inputs that "
-                "share memory. Pass plain tensors and parameters that do not alias each other."
+                f"the graph returns a gradient of {desc.grad_of.expr()}, which is not a plain input: a tensor subclass, "
+                "or inputs that share memory. Pass plain tensors and parameters that do not alias each other."
             )
         given = spec.inputs[desc.grad_of.idx]
         if given.role is Role.PARAMETER:
             found.append((position, given.name, value))
         elif given.role is Role.PUBLIC and value is not None:
             raise UnsupportedGraphError(
-                f"the public input {given.name!r} requires a gradient, so a gradient of the samples would leave the graph unclipped.\n"
+                f"the public input {given.name!r} requires a gradient, which would leave the graph unclipped.\n"
                 "Make it an nn.Parameter of the compiled module, or pass it detached."
             )
     if sorted(name for _, name, _ in found) != sorted(spec.parameters):
-        raise UnsupportedGraphError(f"the graph returns gradients for {[name for _, name, _ in found]}, its parameters are {spec.parameters}")
+        raise UnsupportedGraphError(
+            f"the graph returns gradients for {[name for _, name, _ in found]}, its parameters are {spec.parameters}"
+        )
     return found
 
 
@@ -178,7 +179,8 @@ def _public_axes(ctx: Context, node: fx.Node, leaves: list[Any], axes: dict[int,
 
 
 WRITES = {
-    aten.index_put.default, aten._unsafe_index_put.default, aten._unsafe_masked_index_put_accumulate.default, aten.index_add.default,
+    aten.index_put.default, aten._unsafe_index_put.default, aten._unsafe_masked_index_put_accumulate.default,
+    aten.index_add.default,
 }  # fmt: skip
 
 
@@ -228,18 +230,18 @@ def _linear_operand(ctx: Context, node: fx.Node, leaves: list[Any], axes: dict[i
 
 def _check_mutations(graph: fx.Graph, spec: GraphSpec, ctx: Context) -> None:
     """A buffer or parameter that the graph updates is released with the model, so its new value must be public."""
-    given = {node: entry for node, entry in placeholder_specs(graph, spec)}
+    given = dict(placeholder_specs(graph, spec))
     output = graph.output_node()
     updates: list[tuple[str, Any]] = []
-    for value, desc in zip(output.args[0], output.meta["desc"]):
+    for value, desc in zip(output.args[0], output.meta["desc"], strict=True):
         if isinstance(desc, aot.InputMutationAOTOutput) and isinstance(desc.mutated_input, aot.PlainAOTInput):
             entry = spec.inputs[desc.mutated_input.idx]
             if entry.role in (Role.PARAMETER, Role.PUBLIC):
                 updates.append((entry.name, value))
     for node in graph.find_nodes(op="call_function", target=aten.copy_.default):
-        entry = given.get(node.args[0])
-        if entry is not None and entry.role in (Role.PARAMETER, Role.PUBLIC):
-            updates.append((entry.name, node.args[1]))
+        target = given.get(node.args[0])
+        if target is not None and target.role in (Role.PARAMETER, Role.PUBLIC):
+            updates.append((target.name, node.args[1]))
     for name, value in updates:
         type_ = ctx.type(value)
         if not isinstance(type_, Public):

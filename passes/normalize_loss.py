@@ -21,7 +21,7 @@ from .graph_spec import GraphSpec, Role
 from .match import gradient_outputs
 from .refusal import mixing_error, source_line
 from .rules import Context
-from .sample_types import common_scale, known_scale, Expr, Mixed, PerSample, Public, SampleSum, quotient
+from .sample_types import Expr, Mixed, PerSample, Public, SampleSum, common_scale, known_scale, quotient
 from .type_samples import placeholder_specs
 
 aten = torch.ops.aten
@@ -59,7 +59,10 @@ def normalize_loss_pass(graph: fx.Graph, spec: GraphSpec, ctx: Context) -> list[
     if len(scales) > 1:
         name, node = next((n, g) for n, g in gradients if known_scale(ctx.type(g).scale))
         key = known_scale(ctx.type(node).scale)[0][0]
-        raise mixing_error(f"the gradient of {name!r}", Mixed(ctx.scalars[key], "a batch-dependent number scales some of the gradients, not all"))
+        raise mixing_error(
+            f"the gradient of {name!r}",
+            Mixed(ctx.scalars[key], "a batch-dependent number scales some of the gradients, not all"),
+        )
     reached = _ancestors([node for _, node in gradients])
     return [_replace(graph, spec, ctx, key, reached) for key, _ in next(iter(scales))]
 
@@ -83,11 +86,12 @@ def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:
 def _replace(graph: fx.Graph, spec: GraphSpec, ctx: Context, key: str, reached: set[fx.Node]) -> Replacement:
     scalar = ctx.scalars[key]
     per_sample: Any = spec.loss_normalizer if spec.loss_normalizer is not None else counted_per_sample(ctx, scalar)
+    where = source_line(scalar) or f"input {scalar.name}"
     if per_sample is None:
         raise OptionsError(
-            f"the loss is scaled by a number that depends on the whole batch ({scalar.name}, {source_line(scalar) or 'an input'}), and nothing "
-            "says what a fixed one should be.\nSet loss_normalizer to the number of counted elements (tokens) per sample that each "
-            "sample's loss is to be divided by, for example the sequence length."
+            f"the loss is scaled by a number that depends on the whole batch ({where}), and nothing says what a fixed one "
+            "should be.\nSet loss_normalizer to the number of counted elements (tokens) per sample that each sample's loss is "
+            "to be divided by, for example the sequence length."
         )
     twins = [node for node in graph.nodes if node is scalar or _same_value(ctx, node, key)]
     for node in twins:
@@ -97,8 +101,8 @@ def _replace(graph: fx.Graph, spec: GraphSpec, ctx: Context, key: str, reached: 
                 user.replace_input_with(node, constant)
     shown = per_sample if spec.loss_reduction == "sum" else f"{per_sample} per sample"
     text = (
-        f"the loss is scaled by a number that depends on the whole batch, at {source_line(scalar) or scalar.name}. It scales every gradient alike "
-        f"and was replaced by a fixed normaliser ({shown}), so that samples stay independent. Set loss_normalizer to choose another."
+        f"the loss is scaled by a number that depends on the whole batch, at {where}. It scales every gradient alike and was "
+        f"replaced by a fixed normaliser ({shown}), so that samples stay independent. Set loss_normalizer to choose another."
     )
     warnings.warn(text, LossNormalizerWarning, stacklevel=2)
     return Replacement(scalar.name, source_line(scalar), per_sample, text)
@@ -112,7 +116,7 @@ def counted_per_sample(ctx: Context, scalar: fx.Node) -> Expr | None:
     """How many elements of one sample a count can reach: the size of what is summed, over the batch size."""
     node: Any = scalar
     while isinstance(node, fx.Node) and node.op == "call_function":
-        source = node.args[0] if node.args else None
+        source: Any = node.args[0] if node.args else None
         if node.target in (aten.sum.default, aten.sum.dim_IntList) and isinstance(ctx.type(source), PerSample):
             counts = not source.meta["val"].is_floating_point()
             return quotient(sympy.Mul(*ctx.shape(source)), ctx.batch) if counts else None

@@ -79,8 +79,8 @@ def _plan(gradient: ParameterGradient, spec: GraphSpec, ctx: Context) -> Paramet
     if factors is None:
         if wanted == "ghost" and glob != "*":
             raise OptionsError(
-                f"norm_algorithm={{{glob!r}: 'ghost'}} does not fit {gradient.name!r}: its gradient ({kind}) is not a sum of plain matrix "
-                "products and embedding rows. Use 'auto' or 'materialize' for it."
+                f"norm_algorithm={{{glob!r}: 'ghost'}} does not fit {gradient.name!r}: its gradient ({kind}) is not a sum of plain "
+                "matrix products and embedding rows. Use 'auto' or 'materialize' for it."
             )
         return _because(materialize, "the only form that fits")
     ghost = _ghost_plan(gradient, kind, factors, ctx)
@@ -139,7 +139,13 @@ def factored(gradient: ParameterGradient, ctx: Context) -> tuple[Factor, ...] | 
     return tuple(found) if found else None
 
 
-_SAME = {aten.clone.default, aten.alias.default, aten.detach.default, prims.convert_element_type.default, aten._to_copy.default}
+_SAME = {
+    aten.clone.default,
+    aten.alias.default,
+    aten.detach.default,
+    prims.convert_element_type.default,
+    aten._to_copy.default,
+}
 _VIEWS = {
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.default,
     aten.squeeze.dim, aten.squeeze.dims,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from torch import fx
 
@@ -11,18 +12,45 @@ from .sample_types import Affine, Mixed, SampleType
 
 # (pattern over "operator | module classes | reason", remedy); the first that matches is shown.
 REMEDIES = (
-    (r"BatchNorm|batch_norm", "Replace BatchNorm by GroupNorm, LayerNorm or InstanceNorm (no running statistics), or freeze it with .eval()."),
-    (r"no rule", "Register a rule with flashnorm_compile.register_rule, or write the operation with operators that have one."),
+    (
+        r"BatchNorm|batch_norm",
+        "Replace BatchNorm by GroupNorm, LayerNorm or InstanceNorm (no running statistics), or freeze it with .eval().",
+    ),
+    (
+        r"no rule",
+        "Register a rule with flashnorm_compile.register_rule, or write the operation with operators that have one.",
+    ),
     (r"scale_grad_by_freq", "Use scale_grad_by_freq=False."),
     (r"belongs to no sample", "Take the term out of the loss: weight decay belongs into the optimizer."),
-    (r"used outside the compiled part", "Return per-sample values or a scalar loss, or compile the loss together with the model."),
-    (r"batch-dependent number|number '", "Normalise each sample's loss by a number of its own, or set loss_normalizer to a fixed one."),
-    (r"attention|softmax", "Keep the samples along a dimension of their own ([B, T, ...], not [B*T, ...]) so that none attends to another."),
-    (r"matrix product", "A loss that compares samples with each other (contrastive, in-batch negatives) has no gradient per sample; use negatives that belong to the sample."),
-    (r"moves values|roll|flip|permut|index picks|picks", "Keep samples apart: do not reorder, select or shift along the batch dimension inside the compiled part; if the input has no samples there, declare batch_dims={name: None}."),
-    (r"taken over the samples|runs over the samples|var_mean|sum over", "Compute the statistic within each sample, or pass a fixed value in as a buffer."),
-)  # fmt: skip
-DEFAULT_REMEDY = "Keep the samples independent. If an input is public or has its samples elsewhere, say so with batch_dims={name: dimension or None}."
+    (
+        r"used outside the compiled part",
+        "Return per-sample values or a scalar loss, or compile the loss together with the model.",
+    ),
+    (
+        r"batch-dependent number|number '",
+        "Normalise each sample's loss by a number of its own, or set loss_normalizer to a fixed one.",
+    ),
+    (
+        r"attention|softmax",
+        "Keep the samples along a dimension of their own ([B, T, ...], not [B*T, ...]) so that none attends to another.",
+    ),
+    (
+        r"matrix product",
+        "A loss that compares samples (contrastive, in-batch negatives) has no gradient per sample; use the sample's own negatives.",
+    ),
+    (
+        r"moves values|roll|flip|permut|index picks|picks",
+        "Do not reorder, select or shift along the batch dimension; if the input has no samples there: batch_dims={name: None}.",
+    ),
+    (
+        r"taken over the samples|runs over the samples|var_mean|sum over",
+        "Compute the statistic within each sample, or pass a fixed value in as a buffer.",
+    ),
+)
+DEFAULT_REMEDY = (
+    "Keep the samples independent. If an input is public or has its samples elsewhere, say so with "
+    "batch_dims={name: dimension or None}."
+)
 
 
 def mixing_error(what: str, mixed: SampleType) -> SampleMixingError:
@@ -53,7 +81,7 @@ def operator_name(node: fx.Node) -> str:
 
 def _modules(node: fx.Node) -> list[tuple[str, str]]:
     """(class, path) of the modules around the node, outermost first."""
-    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or _forward_twin(node, "nn_module_stack")
+    stack: Any = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or _forward_twin(node, "nn_module_stack")
     found = []
     for path, cls in (stack or {}).values():
         name = cls if isinstance(cls, str) else getattr(cls, "__qualname__", str(cls))
@@ -84,7 +112,7 @@ def source_line(node: fx.Node) -> str:
     return f"{file}:{line}: {code.strip()}"
 
 
-def _forward_twin(node: fx.Node, key: str) -> object:
+def _forward_twin(node: fx.Node, key: str) -> Any:
     """Backward nodes carry the sequence number of the forward operation they differentiate."""
     number = node.meta.get("seq_nr")
     if number is None:

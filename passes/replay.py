@@ -99,7 +99,7 @@ def shares(use: Use, values: Values, batch: Batch) -> Tensor:
 
     def one(*slices: Tensor) -> Tensor:
         own = list(leaves)
-        for position, part in zip(positions, slices):
+        for position, part in zip(positions, slices, strict=True):
             own[position] = part
         args, kwargs = pytree.tree_unflatten(own, tree)
         return call(use.operation.target, args, kwargs)
@@ -127,7 +127,7 @@ def run_tail(
 ) -> Tensor:
     """The tail on other values of its uses. With ``narrow=False`` casts to a narrower float are left out."""
     here = dict(values)
-    here.update({use.node: part for use, part in zip(uses, parts)})
+    here.update({use.node: part for use, part in zip(uses, parts, strict=True)})
     for node in tail:
         args, kwargs = lookup((node.args, node.kwargs), _Chain(here))
         if not narrow:
@@ -169,7 +169,7 @@ def _widened(node: fx.Node, args: Any, kwargs: Any) -> Any:
 
     flat, tree = pytree.tree_flatten((node.args, node.kwargs))
     given = pytree.tree_leaves((args, kwargs))
-    return pytree.tree_unflatten([narrowed(o, v) for o, v in zip(flat, given)], tree)
+    return pytree.tree_unflatten([narrowed(o, v) for o, v in zip(flat, given, strict=True)], tree)
 
 
 def clipped_use(use: Use, values: Values, factors: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def rewrite_gradients(graph: fx.Graph, spec: GraphSpec, ctx: Context, plans: lis
     released = _inline(graph, writer.trace(), inputs)
     output = graph.output_node()
     outputs = list(output.args[0])  # type: ignore[arg-type]
-    for plan, node in zip(private, released):
+    for plan, node in zip(private, released, strict=True):
         outputs[plan.gradient.output] = node
     output.args = (type(output.args[0])(outputs) if isinstance(output.args[0], tuple) else outputs,)
     graph.eliminate_dead_code()
@@ -90,16 +90,19 @@ class _Writer:
         return traced
 
     def build(self, *given: Any) -> list[Tensor]:
-        values: Values = dict(zip(self.inputs, given))
+        values: Values = dict(zip(self.inputs, given, strict=True))
         batch = values[self.batch_node].shape[self.dim]
         per_sample = [self._materialized(plan, values, batch) for plan in self.plans]
-        norms = [self._norms(plan, dense, values, batch) for plan, dense in zip(self.plans, per_sample)]
-        rows = {plan.gradient.row: norm for plan, norm in zip(self.plans, norms)}
+        norms = [self._norms(plan, dense, values, batch) for plan, dense in zip(self.plans, per_sample, strict=True)]
+        rows = {plan.gradient.row: norm for plan, norm in zip(self.plans, norms, strict=True)}
         zero = torch.zeros_like(norms[0])
         norms_sq = torch.stack([rows.get(row, zero) for row in range(len(self.spec.parameters))], 1)
         handle, after = self._state(values)
         factors, keys, std = torch.ops.flashnorm.release(handle, norms_sq, after)
-        return [self._released(plan, dense, values, factors[plan.gradient.row], keys, std) for plan, dense in zip(self.plans, per_sample)]
+        return [
+            self._released(plan, dense, values, factors[plan.gradient.row], keys, std)
+            for plan, dense in zip(self.plans, per_sample, strict=True)
+        ]
 
     def _state(self, values: Values) -> tuple[Tensor, Tensor]:
         position = next(i for i, given in enumerate(self.spec.inputs) if given.role is Role.HANDLE)
@@ -110,7 +113,8 @@ class _Writer:
                 handle = value
             if after is None and isinstance(desc, aot.TangentAOTInput):
                 after = value
-        assert handle is not None and after is not None
+        assert handle is not None
+        assert after is not None
         return handle, after
 
     def _materialized(self, plan: ParameterPlan, values: Values, batch: Batch) -> Tensor | None:
@@ -133,7 +137,9 @@ class _Writer:
         squares = wide(_real(dense)).square()
         return (squares.sum(list(range(1, squares.dim()))) if squares.dim() > 1 else squares).float()
 
-    def _released(self, plan: ParameterPlan, dense: Tensor | None, values: Values, factors: Tensor, keys: Tensor, std: Tensor) -> Tensor:
+    def _released(
+        self, plan: ParameterPlan, dense: Tensor | None, values: Values, factors: Tensor, keys: Tensor, std: Tensor
+    ) -> Tensor:
         gradient = plan.gradient
         assert gradient.node is not None
         original = gradient.node.meta["val"]
@@ -152,7 +158,9 @@ class _Writer:
 def _own_destinations(graph: fx.Graph) -> None:
     """Gives every write a destination of its own memory: Inductor may write in place, and vmap expands with stride 0."""
     for node in list(graph.nodes):
-        if node.op == "call_function" and ("put" in str(node.target) or "scatter" in str(node.target) or "index_add" in str(node.target)):
+        if node.op == "call_function" and (
+            "put" in str(node.target) or "scatter" in str(node.target) or "index_add" in str(node.target)
+        ):
             base = node.args[0]
             if isinstance(base, fx.Node) and base.target is aten.expand.default:
                 with graph.inserting_before(node):
@@ -218,7 +226,7 @@ def write_operands_of(node: fx.Node) -> Any:
 
 def _inline(graph: fx.Graph, traced: fx.GraphModule, inputs: list[fx.Node]) -> list[fx.Node]:
     """Copies the traced nodes in front of the output; returns the copies of its results."""
-    env: dict[fx.Node, fx.Node] = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs))
+    env: dict[fx.Node, fx.Node] = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True))
     owner = graph.owning_module
     with graph.inserting_before(graph.output_node()):
         for node in traced.graph.nodes:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Union
+from typing import TypeAlias
 
 import sympy
 import torch
 from torch import fx
 
-Expr = sympy.Expr
+Expr: TypeAlias = sympy.Expr
 # Batch-dependent scalars that multiply a value, each with its power: {count: -1} is a value divided by a token count.
 Scale = tuple[tuple[str, int], ...]
 
@@ -90,7 +90,7 @@ class Mixed:
         return f"Mixed(by {self.origin.name}: {self.why})"
 
 
-SampleType = Union[Public, PerSample, SampleSum, Affine, Mixed]
+SampleType: TypeAlias = Public | PerSample | SampleSum | Affine | Mixed
 PUBLIC = Public()
 
 

@@ -127,7 +127,7 @@ def _tangent_type(ctx: Context, node: fx.Node, graph: fx.Graph) -> SampleType:
     """Tangents of per-sample outputs keep the axis; of a scalar loss they are a public factor; else nothing is known."""
     wanted = node.meta["desc"].output
     output = graph.output_node()
-    for value, desc in zip(_flat(output.args[0]), _flat(output.meta["desc"])):
+    for value, desc in zip(_flat(output.args[0]), _flat(output.meta["desc"]), strict=True):
         if desc == wanted and isinstance(value, fx.Node):
             found = ctx.type(value)
             if isinstance(found, PerSample):
@@ -136,7 +136,10 @@ def _tangent_type(ctx: Context, node: fx.Node, graph: fx.Graph) -> SampleType:
                 return found
             if node.meta["val"].numel() == 1:
                 return PUBLIC
-            return Mixed(value, "an output that has no sample axis is used outside the compiled part, where nothing is known of what happens to it")
+            return Mixed(
+                value,
+                "an output that has no sample axis is used outside the compiled part, where nothing is known of what happens to it",
+            )
     return Mixed(node, "the gradient of an output that cannot be identified")
 
 

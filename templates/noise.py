@@ -88,9 +88,7 @@ def _check(value: Tensor, keys: Tensor, std: Tensor, row: int) -> None:
             "it needs int64 [P, 2] and 0 <= row < P."
         )
     if std.dtype is not torch.float32 or std.dim() != 0:
-        raise ValueError(
-            f"flashnorm::add_noise got std of dtype {std.dtype} and shape {tuple(std.shape)}; it needs 0-d float32."
-        )
+        raise ValueError(f"flashnorm::add_noise got std of dtype {std.dtype} and shape {tuple(std.shape)}; it needs 0-d float32.")
 
 
 def reference_add_noise(value: Tensor, keys: Tensor, std: Tensor, row: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -170,9 +168,7 @@ def _reference_add_noise_into(value: Tensor, keys: Tensor, std: Tensor, row: int
 
 _library = torch.library.Library("flashnorm", "FRAGMENT")
 _PT2 = (torch.Tag.pt2_compliant_tag,)
-_library.define(
-    "add_noise(Tensor value, Tensor keys, Tensor std, int row, ScalarType? dtype=None) -> Tensor", tags=_PT2
-)
+_library.define("add_noise(Tensor value, Tensor keys, Tensor std, int row, ScalarType? dtype=None) -> Tensor", tags=_PT2)
 _library.define("add_noise_(Tensor(a!) value, Tensor keys, Tensor std, int row) -> Tensor(a!)", tags=_PT2)
 # What generated code calls: outside ATen, Inductor accepts a mutating operator only if it returns nothing.
 _library.define("_add_noise_into(Tensor(a!) value, Tensor keys, Tensor std, int row) -> ()", tags=_PT2)
@@ -193,10 +189,7 @@ def _may_work_in_place(node: torch.fx.Node) -> bool:
     """Whether the in-place form gives what the functional one promises: the same dtype and contiguous strides."""
     value = node.args[0]
     return (
-        len(node.args) == 4
-        and not node.kwargs
-        and isinstance(value, torch.fx.Node)
-        and is_contiguous_or_false(value.meta["val"])
+        len(node.args) == 4 and not node.kwargs and isinstance(value, torch.fx.Node) and is_contiguous_or_false(value.meta["val"])
     )
 
 

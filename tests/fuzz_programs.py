@@ -179,9 +179,7 @@ _plain(
     rows=lambda ids, w: w[ids],
     one_hot=lambda ids, w: F.one_hot(ids, w.shape[0]).to(w.dtype) @ w,
     conv=lambda a, w, *bias, **k: (F.conv1d if a.dim() == 3 else F.conv2d)(a, w, *bias, **k),
-    conv_transpose=lambda a, w, *bias, **k: (F.conv_transpose1d if a.dim() == 3 else F.conv_transpose2d)(
-        a, w, *bias, **k
-    ),
+    conv_transpose=lambda a, w, *bias, **k: (F.conv_transpose1d if a.dim() == 3 else F.conv_transpose2d)(a, w, *bias, **k),
     avg_pool=lambda a, size: F.avg_pool1d(a, size, 1),
     max_pool=lambda a, size: F.max_pool1d(a, size, 1),
     upsample=lambda a: F.interpolate(a, scale_factor=2.0, mode="nearest"),
@@ -232,7 +230,7 @@ _plain(
     layer_norm=lambda a, *affine, trailing: F.layer_norm(a, a.shape[-trailing:], *affine, eps=0.1),
     rms_norm=lambda a, *affine, trailing: F.rms_norm(a, a.shape[-trailing:], *affine, eps=0.1),
     group_norm=lambda a, *affine, groups: F.group_norm(a, groups, *affine, eps=0.1),
-    # The views keep gradients contiguous: PyTorch 2.13's batch norm backward is wrong on a CPU where they are not (N = 1).
+    # The views keep gradients contiguous: PyTorch 2.13's batch norm is wrong on a CPU for channels-last ones at N = 1.
     instance_norm=lambda a: F.instance_norm(a, eps=0.1).flatten(1).view(a.shape),
     gelu=F.gelu,
     tanh=torch.tanh,
@@ -859,9 +857,7 @@ def cut(b: Builder, v: Value) -> Value | None:
         return None
     at = b.pick(v.others)
     n = v.dims[at]
-    kind = b.pick(
-        ["select", "slice", "narrow", "flip", "roll", "index_select", "index", "pad", "tril", "unfold", "split"]
-    )
+    kind = b.pick(["select", "slice", "narrow", "flip", "roll", "index_select", "index", "pad", "tril", "unfold", "split"])
     if kind == "select":
         return b.emit(kind, [v], _replaced(v.dims, at), dim=at, index=b.pick(range(-1, n)))
     if kind == "slice":
@@ -870,9 +866,7 @@ def cut(b: Builder, v: Value) -> Value | None:
     if kind in ("narrow", "split"):
         length = b.pick(range(1, n + 1))
         if kind == "narrow":
-            return b.emit(
-                kind, [v], _replaced(v.dims, at, length), dim=at, start=b.pick(range(n - length + 1)), length=length
-            )
+            return b.emit(kind, [v], _replaced(v.dims, at, length), dim=at, start=b.pick(range(n - length + 1)), length=length)
         return b.emit(kind, [v], _replaced(v.dims, at, length), dim=at, length=length, which=b.pick(range(n // length)))
     if kind in ("index_select", "index"):
         index = tuple(b.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=3)))
@@ -975,7 +969,7 @@ def normalize(b: Builder, v: Value) -> Value | None:
     if front is None:
         return None
     if kind == "instance_norm":
-        return b.emit(kind, [front], front.dims, effect="hard") if math.prod(front.dims[2:]) > 1 else None
+        return b.emit(kind, [front], front.dims) if math.prod(front.dims[2:]) > 1 else None
     groups = b.pick(_divisors(front.dims[1]))
     if math.prod(front.dims[1:]) == groups:  # PyTorch refuses to normalize a single number
         return None

@@ -51,9 +51,7 @@ def per_sample_gradients(model: nn.Module, sample_loss: SampleLoss, batch_size: 
     return gradients
 
 
-def case_gradients(
-    case: Case, model: nn.Module, inputs: Tensors, targets: Tensors, double: bool = True
-) -> list[Gradients]:
+def case_gradients(case: Case, model: nn.Module, inputs: Tensors, targets: Tensors, double: bool = True) -> list[Gradients]:
     """Per-sample gradients of a zoo case: each sample as a batch of one, in float64 unless told otherwise."""
     cast = in_double if double else (lambda value: value)
 
@@ -186,9 +184,7 @@ def disagreements(got: Gradients, want: Gradients, rtol: float, floor: float = F
             yield f"{name}: error {error:.3e}, gradient {size:.3e}, whole gradient {total:.3e}"
 
 
-def assert_agree(
-    got: Gradients, want: Gradients, rtol: float = FLOAT32_TOLERANCE, floor: float = FLOAT32_FLOOR
-) -> None:
+def assert_agree(got: Gradients, want: Gradients, rtol: float = FLOAT32_TOLERANCE, floor: float = FLOAT32_FLOOR) -> None:
     """Fails with every parameter whose gradient is off."""
     assert got.keys() == want.keys()
     wrong = list(disagreements(got, want, rtol, floor))

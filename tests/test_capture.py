@@ -27,9 +27,7 @@ import flashnorm_compile
 LOOSE: dict[str, Any] = {"max_grad_norm": 1.0, "noise_multiplier": 0.0}
 
 
-def prepared(
-    name: str, batch_size: int | None = None
-) -> tuple[Case, nn.Module, Tensors, Tensors, dict[str, Any], Gradients]:
+def prepared(name: str, batch_size: int | None = None) -> tuple[Case, nn.Module, Tensors, Tensors, dict[str, Any], Gradients]:
     """A case with halving options and the oracle's release."""
     case = ZOO[name]
     model, inputs, targets = case.make(batch_size)
@@ -105,9 +103,7 @@ def test_two_outputs_both_used(backend: str) -> None:
     assert_agree(got, clip(samples, options).released)
 
 
-def _release(
-    case: Case, compiled: Any, model: nn.Module, options: dict[str, Any], inputs: Tensors, targets: Tensors
-) -> list[str]:
+def _release(case: Case, compiled: Any, model: nn.Module, options: dict[str, Any], inputs: Tensors, targets: Tensors) -> list[str]:
     model.zero_grad(set_to_none=True)
     case.loss(compiled(**inputs), targets).backward()
     want = clip(case_gradients(case, model, inputs, targets), options).released
@@ -157,9 +153,7 @@ def test_token_count_is_replaced(known: bool, backend: str) -> None:
     model, inputs = gpt2(), labelled_tokens(4)
     inputs["labels"][torch.arange(9) >= torch.tensor([[9], [4], [7], [5]])] = -100
     valid = (inputs["labels"][:, 1:] != -100).sum(1)
-    case = Case(
-        "gpt2", gpt2, labelled_tokens, own_loss, share=lambda sample: (sample["labels"][:, 1:] != -100).sum().item() / 8
-    )
+    case = Case("gpt2", gpt2, labelled_tokens, own_loss, share=lambda sample: (sample["labels"][:, 1:] != -100).sum().item() / 8)
     samples = case_gradients(case, model, inputs, {})
     options = halving_options(samples, "flat")
     compiled = torch.compile(model, backend=backend, options=options | {"loss_normalizer": 8.0})

@@ -53,9 +53,7 @@ def _alone(program: Program) -> Program:
     """What one sample is asked: all tokens count in a mean over counted tokens, as the specification has it."""
     if not program.counts:
         return program
-    fixed = [
-        replace(s, settings=(*s.settings, ("fixed", True))) if s.op == "cross_entropy" else s for s in program.losses
-    ]
+    fixed = [replace(s, settings=(*s.settings, ("fixed", True))) if s.op == "cross_entropy" else s for s in program.losses]
     return replace(program, losses=tuple(fixed))
 
 
@@ -82,10 +80,7 @@ def sample_gradients(program: Program, dtype: torch.dtype, jitter: int | None = 
     found = []
     for b in range(program.batch):
         model, inputs = _jittered(alone, dtype, jitter)
-        own = {
-            i.name: inputs[i.name] if i.sample_dim is None else inputs[i.name].narrow(i.sample_dim, b, 1)
-            for i in alone.inputs
-        }
+        own = {i.name: inputs[i.name] if i.sample_dim is None else inputs[i.name].narrow(i.sample_dim, b, 1) for i in alone.inputs}
         loss = loss_of(alone, model, own, 1)
         if not loss.requires_grad:
             raise Unsuitable("no gradient")
@@ -271,9 +266,7 @@ def _must_refuse(program: Program, run: Runner) -> str:
 
 
 def _difference(program: Program, got: Gradients, want: Gradients, clip_norm: float) -> str:
-    lines = [
-        f"{name}: off by {(got[name].double() - want[name]).norm():.3e} of {want[name].norm():.3e}" for name in want
-    ]
+    lines = [f"{name}: off by {(got[name].double() - want[name]).norm():.3e} of {want[name].norm():.3e}" for name in want]
     kind = f"a program that {program.effects} was accepted, and its" if program.effects else "the"
     return f"{kind} gradient differs from the per-sample loop (clip norm {clip_norm:.3e})\n" + "\n".join(lines)
 

@@ -38,12 +38,8 @@ KNOWN_ANSWERS = [
 
 
 @pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)
-def test_philox_gives_the_published_answers(
-    counter: tuple[int, ...], key: tuple[int, ...], expected: tuple[int, ...]
-) -> None:
-    block, stream, key64 = (
-        torch.tensor(signed(low | high << 32)) for low, high in (counter[:2], counter[2:], (key[0], key[1]))
-    )
+def test_philox_gives_the_published_answers(counter: tuple[int, ...], key: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    block, stream, key64 = (torch.tensor(signed(low | high << 32)) for low, high in (counter[:2], counter[2:], (key[0], key[1])))
     words = noise.philox(block[None], key64, stream)
     assert tuple(int(word) for word in words) == expected
 
@@ -201,9 +197,7 @@ def test_wrong_arguments_are_named() -> None:
         ops.add_noise(torch.zeros(4), KEYS, torch.ones(1), 0)
 
 
-def test_without_a_compiler_pytorch_draws_the_same_noise(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_without_a_compiler_pytorch_draws_the_same_noise(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     value = torch.ones(3000)
     expected = ops.add_noise(value, KEYS, ONE, 0)
 
@@ -296,9 +290,7 @@ def test_operators_are_declared_correctly() -> None:
         torch.library.opcheck(ops.add_noise.default, (value, KEYS, std, 1))
         torch.library.opcheck(ops.add_noise.default, (value, KEYS, std, 1, torch.bfloat16))
         torch.library.opcheck(ops._add_noise_into.default, (value, KEYS, std, 1))
-        torch.library.opcheck(
-            ops.add_noise_.default, (value, KEYS, std, 1), test_utils=("test_schema", "test_faketensor")
-        )
+        torch.library.opcheck(ops.add_noise_.default, (value, KEYS, std, 1), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_inductor_works_in_place_where_the_value_dies() -> None:

@@ -53,9 +53,7 @@ def test_wheel_imports_outside_the_checkout(wheel, tmp_path):
         "    print(module.__file__)\n"
     )
     environment = {"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, capture_output=True, text=True)
     assert all(line.startswith(str(tmp_path)) for line in done.stdout.split())
 
 

@@ -392,9 +392,7 @@ def test_bad_value(name: str, value: Any, backend: str) -> None:
     """Names the option and what it received; None is the same as not set."""
     text = refusal(errors.OptionsError, lambda: _compile(backend, OPTIONS | {name: value}))
     received = next(iter(value.values())) if isinstance(value, dict) and name != "inductor" else value
-    says(
-        text, name, *([] if value is None else ["no_such_setting" if name == "inductor" else re.escape(str(received))])
-    )
+    says(text, name, *([] if value is None else ["no_such_setting" if name == "inductor" else re.escape(str(received))]))
 
 
 @pytest.mark.parametrize(
@@ -435,6 +433,4 @@ def test_bad_groups(groups: dict[str, float] | None, word: str, backend: str) ->
 
 def test_groups_without_group_clipping(backend: str) -> None:
     """Group norms that nothing would read are a misunderstanding."""
-    says(
-        refusal(errors.OptionsError, lambda: _compile(backend, OPTIONS | {"groups": {"*": 1.0}})), "groups", "clipping"
-    )
+    says(refusal(errors.OptionsError, lambda: _compile(backend, OPTIONS | {"groups": {"*": 1.0}})), "groups", "clipping")

@@ -52,9 +52,7 @@ def test_rounding_below_zero_counts_as_zero() -> None:
     assert factors.tolist() == [[1.0], [1.0]]
 
 
-@pytest.mark.parametrize(
-    ("changes", "size"), [({}, 5), ({"expected_batch_size": 8}, 8), ({"accumulation_steps": 3}, 15)]
-)
+@pytest.mark.parametrize(("changes", "size"), [({}, 5), ({"expected_batch_size": 8}, 8), ({"accumulation_steps": 3}, 15)])
 def test_mean_divides_by_the_batch(changes: dict[str, Any], size: int) -> None:
     """Contributions are g / B; factor * contribution must be c * g / L."""
     binding, _kept = bind(loss_reduction="mean", noise_multiplier=2.0, **changes)
@@ -120,9 +118,7 @@ def test_identical_blocks_have_their_own_rows() -> None:
     """Blocks that share an artifact look the same to it; a declared state tells them apart."""
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     state = privacy(model)
-    blocks = [
-        binding_for(list(block.parameters()), ["weight", "bias"], options(clipping="per_layer")) for block in model
-    ]
+    blocks = [binding_for(list(block.parameters()), ["weight", "bias"], options(clipping="per_layer")) for block in model]
     assert [block.state for block in blocks] == [state, state]
     assert state.layout.group_names == ("0", "1")
     assert state.layout.group_of == (0, 0, 1, 1)

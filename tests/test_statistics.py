@@ -38,9 +38,7 @@ class Repeated(nn.Module):
         return x
 
 
-def releases(
-    model: nn.Module, x: Tensor, steps: int, backend: str, reseed: bool = False, **options: Any
-) -> list[Gradients]:
+def releases(model: nn.Module, x: Tensor, steps: int, backend: str, reseed: bool = False, **options: Any) -> list[Gradients]:
     """Noise of ``steps`` backward passes: the release minus the same release without noise."""
     private = {"max_grad_norm": NORM, "noise_multiplier": SIGMA, "loss_reduction": "sum"}
     compiled = torch.compile(model, backend=backend, options=private | options)
@@ -228,28 +226,29 @@ print(json.dumps([value for p in model.parameters() for value in p.grad.flatten(
 """
 
 
-def _in_processes(backend: str, seeds: tuple[int | None, ...]) -> list[Tensor]:
-    """Gradients of one and the same step, released in a process for each seed."""
+@pytest.fixture(scope="module")
+def processes() -> list[Tensor]:
+    """Gradients of one and the same step from four processes: two without a seed, two with the same one."""
+    backend = os.environ.get("FLASHNORM_TEST_BACKEND", "flashnorm_eager")
     environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__), "OMP_NUM_THREADS": "1"}
-    commands = [[sys.executable, "-c", CHILD, backend, json.dumps(seed)] for seed in seeds]
+    commands = [[sys.executable, "-c", CHILD, backend, seed] for seed in ("null", "null", "7", "7")]
     running = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for command in commands]
     outputs = [process.communicate()[0] for process in running]
     assert all(process.returncode == 0 for process in running)
     return [torch.tensor(json.loads(output.splitlines()[-1])) for output in outputs]
 
 
-def test_processes_with_the_same_torch_seed(backend: str) -> None:
-    """Two processes that start alike (two ranks, two runs of one script) draw different noise."""
-    first, second = _in_processes(backend, (None, None))
+@pytest.mark.parametrize("other", [1, 2], ids=["unseeded", "seeded"])
+def test_processes_with_the_same_torch_seed(processes: list[Tensor], other: int) -> None:
+    """Processes that start alike (two ranks, two runs of one script) draw different noise."""
     # What is common to both is the clipped sum: their difference is noise alone.
-    assert ks_distance((first - second) / math.sqrt(2), SIGMA * NORM) < ks_bound(len(first))
+    difference = (processes[0] - processes[other]) / math.sqrt(2)
+    assert ks_distance(difference, SIGMA * NORM) < ks_bound(len(difference))
 
 
-def test_seed_option_repeats(backend: str) -> None:
-    """The same explicit seed gives a run its noise again; another seed gives other noise."""
-    one, again, other = _in_processes(backend, (7, 7, 8))
-    torch.testing.assert_close(one, again, rtol=1e-6, atol=1e-6)
-    assert ks_distance((one - other) / math.sqrt(2), SIGMA * NORM) < ks_bound(len(one))
+def test_seed_option_repeats(processes: list[Tensor]) -> None:
+    """The same explicit seed gives a run its noise again."""
+    torch.testing.assert_close(processes[2], processes[3], rtol=1e-6, atol=1e-6)
 
 
 def test_complex_parameters_get_complex_noise(backend: str) -> None:

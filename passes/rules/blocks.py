@@ -205,8 +205,7 @@ def fourier(ctx: Context, node: fx.Node) -> Result:
 def matrices(ctx: Context, node: fx.Node) -> Result:
     tensors = [arg for arg in node.args if ctx.is_tensor(arg)]
     rank = len(ctx.shape(tensors[0]))
-    found = independent(ctx, node, tensors, leading=rank - 2, linear_in=None)
-    return found
+    return independent(ctx, node, tensors, leading=rank - 2, linear_in=None)
 
 
 @rule(aten.native_layer_norm)

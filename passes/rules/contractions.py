@@ -28,7 +28,7 @@ def contract(ctx: Context, node: fx.Node, equation: str, left: Any, right: Any) 
             return SampleSum(scale)
         return ctx.mixed(node, SUM_TIMES_SAMPLE if any(isinstance(t, PerSample) for t in types) else NONLINEAR_SUM)
     found: tuple[str, Any] | None = None
-    for type_, names in zip(types, letters):
+    for type_, names in zip(types, letters, strict=True):
         if isinstance(type_, PerSample):
             here = (names[type_.axis.dim], type_.axis.inner)
             if found is not None and here != found and ctx.batch != 1:
@@ -136,9 +136,9 @@ def convolution_backward(ctx: Context, node: fx.Node) -> Result:
     if isinstance(one, PerSample) and isinstance(two, (PerSample, Public)):
         same = not isinstance(two, PerSample) or one.axis == two.axis
         to_weight = SampleSum(scale) if same and one.axis.dim == 0 else ctx.mixed(node, "a convolution runs over the sample axis")
-    elif isinstance(one, Public) and isinstance(two, PerSample) and two.axis.dim == 0:
-        to_weight = SampleSum(scale)
-    elif isinstance(one, SampleSum) and isinstance(two, Public):
+    elif (isinstance(one, Public) and isinstance(two, PerSample) and two.axis.dim == 0) or (
+        isinstance(one, SampleSum) and isinstance(two, Public)
+    ):
         to_weight = SampleSum(scale)
     elif isinstance(one, Public) and isinstance(two, Public):
         to_weight = Public(scale=scale)

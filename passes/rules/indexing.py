@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..sample_types import PUBLIC, Axis, Expr, Mixed, PerSample, Public, SampleSum, SampleType, expression
+from ..sample_types import PUBLIC, Axis, Mixed, PerSample, Public, SampleSum, SampleType, expression
 from .join import NONLINEAR_SCALE, NONLINEAR_SUM, TWO_AXES, additive, is_zero, pointwise
 from .registry import Context, Result, rule
 
@@ -128,7 +128,9 @@ def _axis_in(ctx: Context, node: fx.Node, arg: Any) -> Axis | None:
     return Axis(type_.axis.dim + len(ctx.shape(node)) - len(ctx.shape(arg)), type_.axis.inner)
 
 
-def write_type(ctx: Context, node: fx.Node, x: Any, indices: Sequence[Any], values: Any, adds: bool, mask: Any = None) -> SampleType:
+def write_type(
+    ctx: Context, node: fx.Node, x: Any, indices: Sequence[Any], values: Any, adds: bool, mask: Any = None
+) -> SampleType:
     """``x[indices] = values`` or ``+=``."""
     mixed = ctx.first_mixed([x, values, *([mask] if mask is not None else []), *[i for i in indices if i is not None]])
     if mixed is not None:
@@ -166,7 +168,14 @@ def _axis_of_values(ctx: Context, values: Any, space: IndexSpace) -> Axis | None
 
 
 def _write_samples(
-    ctx: Context, node: fx.Node, x: Any, indices: Sequence[Any], space: IndexSpace, place: Axis, value: SampleType, adds: bool
+    ctx: Context,
+    node: fx.Node,
+    x: Any,
+    indices: Sequence[Any],
+    space: IndexSpace,
+    place: Axis,
+    value: SampleType,
+    adds: bool,
 ) -> SampleType:
     base = ctx.type(x)
     kind, dim = space.origins[place.dim]
@@ -245,7 +254,7 @@ def gather(ctx: Context, node: fx.Node) -> Result:
     if mixed is not None:
         return mixed
     source, index_ = ctx.type(x), ctx.type(indices)
-    if index_.scale or isinstance(index_, SampleSum):
+    if index_.scale or not isinstance(index_, (Public, PerSample)):
         return ctx.mixed(node, NONLINEAR_SCALE)
     if isinstance(index_, Public):
         if isinstance(source, PerSample) and (source.axis.dim == dim or not _same_size(ctx, x, indices, source.axis.dim)):
@@ -253,17 +262,25 @@ def gather(ctx: Context, node: fx.Node) -> Result:
         return Public(scale=source.scale) if isinstance(source, Public) else source
     if isinstance(source, Public):
         return PerSample(index_.axis, source.scale)
-    if isinstance(source, PerSample) and source.axis == index_.axis and source.axis.dim != dim:
-        if _same_size(ctx, x, indices, source.axis.dim):
+    if isinstance(source, PerSample):
+        own = source.axis == index_.axis and source.axis.dim != dim and _same_size(ctx, x, indices, source.axis.dim)
+        if own or ctx.batch == 1:
             return source
-    return source if ctx.batch == 1 and isinstance(source, PerSample) else ctx.mixed(node, PICKS)
+    return ctx.mixed(node, PICKS)
 
 
 def _same_size(ctx: Context, one: Any, two: Any, dim: int) -> bool:
     return ctx.shape(one)[dim] == ctx.shape(two)[dim]
 
 
-@rule(aten.scatter.src, aten.scatter.value, aten.scatter_add, aten.scatter_reduce.two, aten.scatter.value_reduce, aten.scatter.reduce)
+@rule(
+    aten.scatter.src,
+    aten.scatter.value,
+    aten.scatter_add,
+    aten.scatter_reduce.two,
+    aten.scatter.value_reduce,
+    aten.scatter.reduce,
+)
 def scatter(ctx: Context, node: fx.Node) -> Result:
     x, dim, indices, values = node.args[:4]
     dim = ctx.dim(dim, x)
@@ -337,9 +354,9 @@ def embedding_bag(ctx: Context, node: fx.Node) -> Result:
         return (PUBLIC,) * 4
     per_bag = isinstance(offsets, fx.Node) and offsets.target is torch.ops.prims.iota.default and offsets.kwargs["start"] == 0
     if per_bag and isinstance(type_, PerSample) and type_.axis.dim == 0 and isinstance(ctx.type(weight), Public):
-        if expression(_value(offsets.kwargs["step"])) == type_.axis.inner and ctx.shape(offsets)[0] == ctx.batch:
-            own = PerSample(Axis(0))
-            return own, Public(iota=type_.axis), own, own
+        steps = expression(_value(offsets.kwargs["step"])) == type_.axis.inner
+        if steps and ctx.shape(offsets)[0] == ctx.batch:
+            return (PerSample(Axis(0)),) * 4
     return (ctx.mixed(node, "a bag may hold values of several samples: pass ids of shape [B, T] without offsets"),) * 4
 
 

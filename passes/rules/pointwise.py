@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from ..sample_types import PUBLIC, Affine, Axis, Mixed, PerSample, Public, SampleSum, SampleType, expression
-from .join import NONLINEAR_SCALE, NONLINEAR_SUM, additive, along, multiplicative, pointwise
+from .join import NONLINEAR_SCALE, NONLINEAR_SUM, additive, along, is_zero, multiplicative, pointwise
 from .registry import Context, Result, rule
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -17,9 +17,7 @@ aten, prims = torch.ops.aten, torch.ops.prims
 
 def elementwise(ctx: Context, node: fx.Node) -> Result:
     """The rule for every operator tagged ``pointwise`` that has none of its own."""
-    leaves: list[Any] = []
-    fx.node.map_arg((node.args, node.kwargs), lambda n: leaves.append(n) or n)
-    found = pointwise(ctx, node, leaves)
+    found = pointwise(ctx, node, node.all_input_nodes)
     value = node.meta.get("val")
     return (found,) * len(value) if isinstance(value, (tuple, list)) else found
 
@@ -59,14 +57,27 @@ def where(ctx: Context, node: fx.Node) -> Result:
 
 def _strongest(ctx: Context, values: list[Any], chosen: SampleType) -> Any:
     """The operand whose type is the type of the choice (the others are zero or public)."""
-    for value in values:
-        if ctx.type(value) == chosen or type(ctx.type(value)) is type(chosen):
-            if not (isinstance(ctx.type(value), Public) and ctx.type(value).zero):
-                return value
-    return values[0]
+    alike = (value for value in values if type(ctx.type(value)) is type(chosen) and not is_zero(ctx, value))
+    return next(alike, values[0])
 
 
-@rule(aten.neg, aten.clone, aten.alias, aten.detach, aten.positive, aten.lift_fresh_copy, aten.view_as_real, aten.view_as_complex, aten._conj, aten.resolve_conj, aten.resolve_neg, aten.real, aten.imag, aten.conj_physical, aten._neg_view)
+@rule(
+    aten.neg,
+    aten.clone,
+    aten.alias,
+    aten.detach,
+    aten.positive,
+    aten.lift_fresh_copy,
+    aten.view_as_real,
+    aten.view_as_complex,
+    aten._conj,
+    aten.resolve_conj,
+    aten.resolve_neg,
+    aten.real,
+    aten.imag,
+    aten.conj_physical,
+    aten._neg_view,
+)
 def passes_through(ctx: Context, node: fx.Node) -> Result:
     """Linear in its operand, axis kept. Real-linear is enough: a sum over samples stays one under conjugation."""
     return ctx.type(node.args[0])
@@ -148,6 +159,12 @@ def getitem(ctx: Context, node: fx.Node) -> Result:
     return found[index] if isinstance(found, tuple) else found
 
 
-@rule(aten._assert_scalar, aten._assert_async, aten._assert_tensor_metadata, aten.sym_constrain_range_for_size, aten.sym_constrain_range)
+@rule(
+    aten._assert_scalar,
+    aten._assert_async,
+    aten._assert_tensor_metadata,
+    aten.sym_constrain_range_for_size,
+    aten.sym_constrain_range,
+)
 def check(ctx: Context, node: fx.Node) -> Result:
     return PUBLIC

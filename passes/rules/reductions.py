@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..sample_types import Affine, Mixed, PerSample, Public, SampleSum
+from ..sample_types import Affine, PerSample, Public, SampleSum, SampleType
 from .join import NONLINEAR_SUM, along, is_zero
 from .registry import Context, Result, rule
 
@@ -55,7 +55,18 @@ def reduce(ctx: Context, node: fx.Node) -> Result:
     return (found,) * len(value) if isinstance(value, (tuple, list)) else found
 
 
-@rule(aten.cumsum, aten.logcumsumexp, aten.cumprod, aten.cummax, aten.cummin, aten.sort, aten.argsort, aten.topk, aten._softmax, aten._log_softmax)
+@rule(
+    aten.cumsum,
+    aten.logcumsumexp,
+    aten.cumprod,
+    aten.cummax,
+    aten.cummin,
+    aten.sort,
+    aten.argsort,
+    aten.topk,
+    aten._softmax,
+    aten._log_softmax,
+)
 def scan(ctx: Context, node: fx.Node) -> Result:
     dim = _argument(node, "dim", -1)
     name = node.target._schema.name.split("::")[1]
@@ -69,8 +80,8 @@ def scan(ctx: Context, node: fx.Node) -> Result:
 def counts_everything(ctx: Context, node: fx.Node) -> Result:
     """Looks at all elements at once, and the size of the result may depend on them."""
     tensors = [arg for arg in node.args if ctx.is_tensor(arg)]
-    found: Result = Public() if all(isinstance(ctx.type(arg), Public) for arg in tensors) else None  # type: ignore[assignment]
-    if found is None:
+    found: SampleType = Public()
+    if not all(isinstance(ctx.type(arg), Public) for arg in tensors):
         found = ctx.first_mixed(tensors) or ctx.mixed(node, "its result depends on the values of all samples together")
     value = node.meta["val"]
     return (found,) * len(value) if isinstance(value, (tuple, list)) else found

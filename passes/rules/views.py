@@ -15,7 +15,16 @@ from .registry import Context, Result, rule
 aten, prims = torch.ops.aten, torch.ops.prims
 
 
-@rule(aten.view.default, aten.reshape, aten._unsafe_view, aten.unsqueeze, aten.squeeze, aten.flatten, aten._reshape_alias, aten.view_copy.default)
+@rule(
+    aten.view.default,
+    aten.reshape,
+    aten._unsafe_view,
+    aten.unsqueeze,
+    aten.squeeze,
+    aten.flatten,
+    aten._reshape_alias,
+    aten.view_copy.default,
+)
 def view(ctx: Context, node: fx.Node) -> Result:
     source = node.args[0]
     return ctx.view(ctx.type(source), node, ctx.shape(source), ctx.shape(node))
@@ -103,9 +112,10 @@ def _bound(value: Any, size: Expr) -> Expr:
 
 @rule(aten.slice)
 def slice_(ctx: Context, node: fx.Node) -> Result:
-    source, dim, start, end, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
+    settings: list[Any] = [*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :]]
+    source, (given_dim, start, end, step) = node.args[0], settings
     type_ = ctx.type(source)
-    dim = ctx.dim(dim, source)
+    dim = ctx.dim(given_dim, source)
     size = ctx.shape(source)[dim]
     start = _bound(0 if start is None else start, size)
     end = _bound(2**63 - 1 if end is None else end, size)
@@ -161,8 +171,8 @@ def split(ctx: Context, node: fx.Node) -> Result:
     type_ = ctx.type(source)
     parts = [tuple(expression(size) for size in part.shape) for part in node.meta["val"]]
     if isinstance(type_, PerSample) and type_.axis.dim == ctx.dim(dim, source):
-        if _whole_periods(ctx, type_.axis, *(part[type_.axis.dim] for part in parts)):
-            return (type_,) * len(parts)
+        whole = _whole_periods(ctx, type_.axis, *(part[type_.axis.dim] for part in parts))
+        return (type_ if whole else ctx.mixed(node, "it splits the batch into parts"),) * len(parts)
     return (along(ctx, node, source, [dim], linear=True, what="it splits the batch into parts"),) * len(parts)
 
 
@@ -249,7 +259,11 @@ def select_scatter(ctx: Context, node: fx.Node) -> Result:
         return one
     if isinstance(one, (Public, PerSample)) and isinstance(two, (Public, PerSample)) and one.scale == two.scale == ():
         both = [type_ for type_ in (one, two) if isinstance(type_, PerSample)]
-        return both[0] if len({type_.axis for type_ in both}) == 1 else (Public() if not both else ctx.mixed(node, "sample axes differ"))
+        return (
+            both[0]
+            if len({type_.axis for type_ in both}) == 1
+            else (Public() if not both else ctx.mixed(node, "sample axes differ"))
+        )
     return ctx.mixed(node, NONLINEAR_SUM)
 
 
