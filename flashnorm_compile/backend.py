@@ -15,12 +15,12 @@ import torch._functorch.config
 from torch import fx, nn
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-from . import config, dump, guard
+from . import dump, guard
 from .binding import binding_for
 from .inputs import classify, example_of
 from .options import Options
 from .passes import _compat
-from .passes.errors import GraphBreakError
+from .passes.errors import OptionsError
 from .passes.graph_spec import GraphSpec, InputSpec, Role
 from .passes.private_pass import Observer, PrivateGradientsPass
 
@@ -76,6 +76,11 @@ def compile_private(
     ``protect``: whether optimizers refuse the parameters' gradients from here on unless they are private.
     """
     settings = {**_compat.mode_settings(mode), **(options.inductor or {})}
+    unknown = _compat.unknown_setting(list(settings))
+    if unknown is not None:
+        raise OptionsError(
+            f"inductor={{{unknown!r}: ...}}: torch._inductor.config has no setting of that name. Remove or correct it."
+        )
     nodes = gm.graph.find_nodes(op="placeholder")
     trains = torch.is_grad_enabled() and any(_is_trainable(example_of(node)) for node in nodes)
     if not trains:
@@ -168,4 +173,4 @@ class PrivateGraph:
         return outputs
 
 
-__all__ = ["GraphBreakError", "compile_private", "config", "flashnorm", "flashnorm_eager"]
+__all__ = ["compile_private", "flashnorm", "flashnorm_eager"]

@@ -19,6 +19,12 @@ def mode_settings(mode: str | None) -> dict[str, Any]:
     return dict(options)
 
 
+def unknown_setting(names: Sequence[str]) -> str | None:
+    """The first name that Inductor's config does not have."""
+    known = inductor_config.get_config_copy()
+    return next((name for name in names if name not in known), None)
+
+
 class _Chained(CustomGraphPass):
     """Several passes where torch takes one (2.11)."""
 

@@ -13,7 +13,7 @@ from torch._functorch._aot_autograd import descriptors as aot
 from torch.utils import _pytree as pytree
 
 from .errors import UnsupportedGraphError
-from .graph_spec import GraphSpec, Role
+from .graph_spec import GraphSpec, InputSpec, Role
 from .refusal import mixing_error
 from .rules import Context
 from .rules.contractions import EQUATIONS
@@ -229,22 +229,23 @@ def _linear_operand(ctx: Context, node: fx.Node, leaves: list[Any], axes: dict[i
 
 
 def _check_mutations(graph: fx.Graph, spec: GraphSpec, ctx: Context) -> None:
-    """A buffer or parameter that the graph updates is released with the model, so its new value must be public."""
+    """A buffer or parameter that the graph updates is released with the model, so its new value must be public; an updated
+    private input must stay one of separate samples."""
     given = dict(placeholder_specs(graph, spec))
     output = graph.output_node()
-    updates: list[tuple[str, Any]] = []
+    updates: list[tuple[InputSpec, Any]] = []
     for value, desc in zip(output.args[0], output.meta["desc"], strict=True):
         if isinstance(desc, aot.InputMutationAOTOutput) and isinstance(desc.mutated_input, aot.PlainAOTInput):
-            entry = spec.inputs[desc.mutated_input.idx]
-            if entry.role in (Role.PARAMETER, Role.PUBLIC):
-                updates.append((entry.name, value))
+            updates.append((spec.inputs[desc.mutated_input.idx], value))
     for node in graph.find_nodes(op="call_function", target=aten.copy_.default):
-        target = given.get(node.args[0])
-        if target is not None and target.role in (Role.PARAMETER, Role.PUBLIC):
-            updates.append((target.name, node.args[1]))
-    for name, value in updates:
+        if node.args[0] in given:
+            updates.append((given[node.args[0]], node.args[1]))
+    for entry, value in updates:
         type_ = ctx.type(value)
-        if not isinstance(type_, Public):
-            if not isinstance(type_, Mixed):
-                type_ = Mixed(value, "the new value is computed from the samples, without clipping or noise")
-            raise mixing_error(f"the updated buffer {name!r}", type_)
+        own = isinstance(type_, PerSample) and entry.role is Role.PRIVATE and type_.axis == Axis(entry.dim)
+        if isinstance(type_, Public) or own:
+            continue
+        if not isinstance(type_, Mixed):
+            type_ = Mixed(value, "the new value is computed from the samples, without clipping or noise")
+        kind = "input" if entry.role is Role.PRIVATE else "buffer"
+        raise mixing_error(f"the updated {kind} {entry.name!r}", type_)

@@ -28,7 +28,7 @@ REMEDIES = (
     ),
     (
         r"batch-dependent number|number '",
-        "Normalise each sample's loss by a number of its own, or set loss_normalizer to a fixed one.",
+        "Normalise each sample's loss by its own number, set loss_normalizer, or declare a public number: batch_dims={name: None}.",
     ),
     (
         r"attention|softmax",
@@ -36,7 +36,7 @@ REMEDIES = (
     ),
     (
         r"matrix product",
-        "A loss that compares samples (contrastive, in-batch negatives) has no gradient per sample; use the sample's own negatives.",
+        "A loss that compares samples (contrastive, in-batch) has no per-sample gradient; use the sample's own negatives.",
     ),
     (
         r"moves values|roll|flip|permut|index picks|picks",

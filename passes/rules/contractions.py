@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from ..sample_types import Affine, Axis, Mixed, PerSample, Public, SampleSum, SampleType, common_scale, scale_product
-from .join import NONLINEAR_SUM, SUM_TIMES_SAMPLE, is_zero, multiplicative
+from .join import NONLINEAR_SUM, SCALES_DIFFER, SUM_TIMES_SAMPLE, is_zero, multiplicative
 from .registry import Context, Result, present, rule
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -73,7 +73,7 @@ def add_types(ctx: Context, node: fx.Node, type_: SampleType, bias: Any, sums: b
         return other
     scale = common_scale([type_.scale, other.scale])
     if scale is None:
-        return ctx.mixed(node, "terms that are scaled by different batch-dependent numbers are added")
+        return ctx.scale_mixed(node, [type_.scale, other.scale], SCALES_DIFFER)
     if isinstance(type_, Public) and type_.zero:
         return other
     if isinstance(other, Public):

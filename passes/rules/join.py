@@ -24,6 +24,7 @@ from .registry import Context
 
 NONLINEAR_SUM = "a sum over the samples is used in a way that is not linear, so one sample's share depends on the others"
 NONLINEAR_SCALE = "a value scaled by a number that depends on the whole batch is used in a way that is not linear"
+SCALES_DIFFER = "terms that are scaled by different batch-dependent numbers are added"
 TWO_AXES = "it combines values of different samples: their sample axes do not line up"
 PUBLIC_TERM = "a term that belongs to no sample is added to a sum over the samples"
 SUM_TIMES_SAMPLE = "a sum over all samples meets the values of single samples"
@@ -62,7 +63,7 @@ def pointwise(ctx: Context, node: fx.Node, args: Iterable[Any]) -> SampleType:
     if any(isinstance(type_, (SampleSum, Affine)) for type_ in types):
         return ctx.mixed(node, NONLINEAR_SUM)
     if any(type_.scale for type_ in types):
-        return ctx.mixed(node, NONLINEAR_SCALE)
+        return ctx.scale_mixed(node, [type_.scale for type_ in types], NONLINEAR_SCALE)
     axis = common_axis(ctx, node, args, len(ctx.shape(node)))
     if isinstance(axis, Mixed):
         return axis
@@ -80,7 +81,7 @@ def additive(ctx: Context, node: fx.Node, args: Sequence[Any]) -> SampleType:
     types = [ctx.type(arg) for arg in args]
     scale = common_scale([type_.scale for type_ in types])
     if scale is None:
-        return ctx.mixed(node, "terms that are scaled by different batch-dependent numbers are added")
+        return ctx.scale_mixed(node, [type_.scale for type_ in types], SCALES_DIFFER)
     sums = [isinstance(type_, SampleSum) for type_ in types]
     if any(sums):
         if all(sums):
@@ -94,7 +95,7 @@ def additive(ctx: Context, node: fx.Node, args: Sequence[Any]) -> SampleType:
     if axis is None:
         return Public(scale=scale)
     if scale and any(isinstance(type_, Public) and not type_.scale for type_ in types):
-        return ctx.mixed(node, NONLINEAR_SCALE)
+        return ctx.scale_mixed(node, [scale], NONLINEAR_SCALE)
     return PerSample(axis, scale)
 
 
@@ -155,7 +156,7 @@ def along(
         if isinstance(type_, (SampleSum, Affine)):
             return ctx.mixed(node, NONLINEAR_SUM)
         if type_.scale:
-            return ctx.mixed(node, NONLINEAR_SCALE)
+            return ctx.scale_mixed(node, [type_.scale], NONLINEAR_SCALE)
     if isinstance(type_, Affine):
         return ctx.mixed(node, NONLINEAR_SUM)
     if not isinstance(type_, PerSample):

@@ -88,6 +88,15 @@ class Context:
     def mixed(self, node: fx.Node, why: str) -> Mixed:
         return Mixed(node, why)
 
+    def scale_mixed(self, node: fx.Node, scales: Sequence[Scale], why: str) -> Mixed:
+        """The refusal of a batch-dependent factor, pointing at the number itself where it is in the graph."""
+        keys = [key for scale in scales for key, _ in scale if key in self.scalars]
+        if not keys:
+            return Mixed(node, why)
+        scalar = self.scalars[keys[0]]
+        type_ = self.type(scalar)
+        return type_ if isinstance(type_, Mixed) else Mixed(scalar, why)
+
     def first_mixed(self, args: Sequence[Any]) -> Mixed | None:
         for arg in args:
             found = self.type(arg)
