@@ -105,7 +105,7 @@ class _Dimensions:
 
 def _classify_one(node: fx.Node, source: str, short: str, full: str, dims: _Dimensions) -> InputSpec:
     example = example_of(node)
-    if not isinstance(example, torch.Tensor):
+    if not isinstance(example, torch.Tensor) or getattr(node.meta.get("grapharg"), "pass_arg_as_tensor", False):
         return InputSpec(full, Role.PUBLIC)  # sizes and Python numbers
     if isinstance(example, nn.Parameter):
         return InputSpec(short, Role.PARAMETER if example.requires_grad else Role.PUBLIC)

@@ -33,6 +33,10 @@ class Rows:
     g_btd: Tensor
 
 
+# Below this share of what its terms could add up to, a sum of terms has lost its digits in float32, whatever computes it.
+CANCELLED = 1e-3
+
+
 def wide(x: Tensor) -> Tensor:
     """Norms accumulate in float32 or better. Complex values come here as pairs of real ones."""
     assert not x.is_complex()
@@ -40,19 +44,29 @@ def wide(x: Tensor) -> Tensor:
 
 
 def squared_norms(terms: Sequence[Outer | Rows]) -> Tensor:
-    """[B]: the squared norm of each sample's sum of terms."""
+    """[B]: the squared norm of each sample's sum of terms, never less than rounding can make the released sum.
+
+    Inner products of factors cancel where terms do, so they are taken in float64; where terms cancel so far that their sum in
+    float32 is rounding error, the norm counts as ``CANCELLED`` times the sum of the terms' norms: clipped harder, never less.
+    """
     outers = [term for term in terms if isinstance(term, Outer)]
     rows = [term for term in terms if isinstance(term, Rows)]
-    parts = []
+    parts, reach = [], []
     if outers:
         outer = Outer(_joined([o.g_btp for o in outers]), _joined([o.a_btd for o in outers]))
+        if not rows and outer.g_btp.shape[1] == 1:
+            return outer.g_btp.square().sum((1, 2)) * outer.a_btd.square().sum((1, 2))
+        reach.append((outer.g_btp.square().sum(2).sqrt() * outer.a_btd.square().sum(2).sqrt()).sum(1))
+        outer = Outer(outer.g_btp.double(), outer.a_btd.double())
         parts.append(outer_norms(outer))
     if rows:
         row = Rows(torch.cat([r.ids_bt for r in rows], 1), _joined([r.g_btd for r in rows]))
-        parts.append(row_norms(row))
+        reach.append(row.g_btd.square().sum(2).sqrt().sum(1))
+        parts.append(row_norms(row).double())
     if outers and rows:
-        parts.append(2 * cross_products(outer, row))
-    return sum(parts[1:], parts[0])
+        parts.append(2 * cross_products(outer, Rows(row.ids_bt, row.g_btd.double())))
+    least = (CANCELLED * sum(reach[1:], reach[0]).double()).square()
+    return torch.maximum(sum(parts[1:], parts[0]), least)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -62,8 +76,6 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 def outer_norms(term: Outer) -> Tensor:
     """``||G_b^T A_b||^2 = sum_ts (g_t . g_s)(a_t . a_s)``."""
-    if term.g_btp.shape[1] == 1:
-        return term.g_btp.square().sum((1, 2)) * term.a_btd.square().sum((1, 2))
     grams = torch.bmm(term.g_btp, term.g_btp.mT) * torch.bmm(term.a_btd, term.a_btd.mT)
     return grams.sum((1, 2))
 

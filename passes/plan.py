@@ -106,16 +106,13 @@ def _hint(cost: Expr, gradient: ParameterGradient) -> float:
 
 
 def symbol_hint(symbol: Any, graph: fx.Graph) -> int:
+    """The value that a size symbol had while tracing, without guarding on it."""
     for node in graph.find_nodes(op="placeholder"):
         value = node.meta.get("val")
         sizes = [value] if isinstance(value, torch.SymInt) else list(value.shape) if isinstance(value, torch.Tensor) else []
         for size in sizes:
-            if isinstance(size, torch.SymInt) and size.node.shape_env is not None:
-                hint = size.node.shape_env.var_to_val.get(symbol) if hasattr(size.node.shape_env, "var_to_val") else None
-                if hint is not None:
-                    return int(hint)
-                if size.node.expr == symbol and size.node.has_hint():
-                    return int(size.node.hint)
+            if isinstance(size, torch.SymInt) and size.node.expr == symbol and size.node.has_hint():
+                return int(size.node.hint)
     return 32
 
 

@@ -14,6 +14,7 @@ from typing import TypeAlias
 import sympy
 import torch
 from torch import fx
+from torch.utils._sympy.functions import FloorDiv
 
 Expr: TypeAlias = sympy.Expr
 # Batch-dependent scalars that multiply a value, each with its power: {count: -1} is a value divided by a token count.
@@ -140,8 +141,18 @@ def expression(size: int | torch.SymInt | Expr) -> Expr:
     """A size as a sympy expression, simplified with what the shape environment knows."""
     if isinstance(size, torch.SymInt):
         node = size.node
-        return node.shape_env.simplify(node.expr) if node.shape_env is not None else node.expr
+        return _divided(node.shape_env.simplify(node.expr) if node.shape_env is not None else node.expr)
     return sympy.sympify(size)
+
+
+def _divided(expr: Expr) -> Expr:
+    """The expression with every exact integer division carried out: ``(s**2) // s`` is ``s``."""
+
+    def exact(division: Expr) -> Expr:
+        ratio = sympy.cancel(division.args[0] / division.args[1])
+        return ratio if sympy.fraction(ratio)[1] == 1 else division
+
+    return expr.replace(lambda part: isinstance(part, FloorDiv), exact)
 
 
 def divides(divisor: Expr, dividend: Expr) -> bool:

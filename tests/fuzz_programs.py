@@ -266,7 +266,7 @@ _plain(
     global_scale=lambda a: a / (a.detach().abs().max() + 0.5),
     diff=lambda a, dim: torch.diff(a, dim=dim, prepend=a.narrow(dim, 0, 1)),
     pairwise=lambda a: (a.unsqueeze(0) - a.unsqueeze(1)).tanh().mean(0),
-    neighbor=lambda a: a + a.mT,
+    neighbor=lambda a: a * torch.tanh(a.mT),
     remember=lambda a, stat: a + 0.0 * stat.mul_(0.9).add_(a.detach().mean()),
 )
 
