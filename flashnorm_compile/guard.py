@@ -86,11 +86,11 @@ class _Record:
         if hooks and self.before_id in hooks and next(reversed(hooks)) != self.before_id:
             hooks[self.before_id] = hooks.pop(self.before_id)  # a hook behind ours could replace the gradient unseen
 
-    def before(self, total: Tensor) -> None:
-        """Called with the sum of all gradients of this pass, before it is accumulated."""
+    def before(self, total: Tensor | None) -> None:
+        """Called with the sum of all gradients of this pass, before it is accumulated; with ``None`` if there is none."""
         pending, self.pending = self.pending, None
         parameter = self.ref()
-        if parameter is None:
+        if parameter is None or total is None:
             return
         fault: str | None = None
         if pending is None or pending[2].backward != current_backward():
@@ -116,8 +116,8 @@ class _Record:
         """Called when p.grad has been accumulated."""
         arriving, self.arriving = self.arriving, None
         grad = parameter.grad
-        if grad is None:
-            return
+        if grad is None or (arriving is None and self._is_noted(grad)):
+            return  # nothing arrived
         fault, expected, fresh, release = arriving or (_EAGER, None, False, None)
         as_expected = expected is not None and _place(grad) == expected
         if fault is None and not as_expected and not (fresh and self._is_copy(parameter, grad)):

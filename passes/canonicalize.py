@@ -15,12 +15,15 @@ SUM, MEAN = 0, 1
 
 
 def canonicalize_pass(graph: fx.Graph) -> None:
-    """Replaces embedding-bag gradients by a gather of the bags' gradients and an indexed addition."""
+    """Replaces embedding-bag gradients by a gather of the bags' gradients and an indexed addition, and bilinear forms by
+    matrix products."""
     for node in graph.find_nodes(op="call_function", target=aten._embedding_bag_backward.default):
         by_frequency, mode, sparse = node.args[7:10]
         regular = getattr(node.args[2], "target", None) is prims.iota.default
         if regular and mode in (SUM, MEAN) and not by_frequency and not sparse:
             _replace(graph, node, _embedding_bag_backward)
+    for node in graph.find_nodes(op="call_function", target=aten._trilinear.default):
+        _replace(graph, node, _trilinear)
     graph.lint()
 
 
@@ -50,6 +53,24 @@ def _embedding_bag_backward(
     if padding >= 0:
         values = torch.where((ids != padding).unsqueeze(1), values, 0)
     return values.new_zeros(rows, grad.shape[1]).index_put((ids,), values, accumulate=True)
+
+
+def _trilinear(
+    one: Tensor,
+    two: Tensor,
+    three: Tensor,
+    expand1: list[int],
+    expand2: list[int],
+    expand3: list[int],
+    summed: list[int],
+    _: int = 1,
+) -> Tensor:
+    """The product of three tensors over named dimensions: each lacks those it is expanded along; ``summed`` ones vanish."""
+    rank = one.dim() + len(expand1)
+    letters = "abcdefghijklmnopqrstuvwxyz"[:rank]
+    names = ["".join(c for d, c in enumerate(letters) if d not in expand) for expand in (expand1, expand2, expand3)]
+    out = "".join(c for d, c in enumerate(letters) if d not in summed)
+    return torch.einsum(f"{','.join(names)}->{out}", one, two, three)
 
 
 def _replace(graph: fx.Graph, node: fx.Node, function: Any) -> None:

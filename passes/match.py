@@ -47,19 +47,22 @@ class Use:
 
 @dataclass(frozen=True)
 class ParameterGradient:
-    """``node``: its gradient in the joint graph (``None``: not reached by the loss). ``public``: depends on no sample."""
+    """``node``: its gradient in the joint graph (``None``: not reached by the loss).
+
+    ``constant``: the gradient depends on no sample, so each sample's share of it is the same.
+    """
 
     name: str
     row: int
     output: int
     node: fx.Node | None
-    public: bool = False
+    constant: bool = False
     uses: tuple[Use, ...] = ()
     tail: tuple[fx.Node, ...] = field(default=(), repr=False)
 
     @property
     def private(self) -> bool:
-        return self.node is not None and not self.public
+        return self.node is not None
 
 
 def match_gradients(graph: fx.Graph, spec: GraphSpec, ctx: Context) -> list[ParameterGradient]:
@@ -114,12 +117,12 @@ def _gradient(ctx: Context, name: str, row: int, position: int, node: fx.Node | 
         return ParameterGradient(name, row, position, None)
     type_ = ctx.type(node)
     scale = known_scale(type_.scale)
-    if isinstance(type_, Public) and not scale:
-        return ParameterGradient(name, row, position, node, public=True)
+    if isinstance(type_, Public) and not scale and not single:
+        return ParameterGradient(name, row, position, node, constant=True)
     if isinstance(type_, SampleSum) and not scale and not single:
         uses, tail = _trace_back(ctx, node)
         return ParameterGradient(name, row, position, node, uses=uses, tail=tail)
-    if single and (isinstance(type_, SampleSum) or not ctx.scalars) and not scale:
+    if single and (isinstance(type_, (Public, SampleSum)) or not ctx.scalars) and not scale:
         return ParameterGradient(name, row, position, node)
     raise mixing_error(f"the gradient of {name!r}", type_)
 

@@ -21,7 +21,7 @@ from .graph_spec import GraphSpec, Role
 from .match import gradient_outputs
 from .refusal import mixing_error, source_line
 from .rules import Context
-from .sample_types import Expr, Mixed, PerSample, Public, SampleSum, common_scale, known_scale, quotient
+from .sample_types import Expr, Mixed, Public, common_scale, known_scale
 from .type_samples import placeholder_specs
 
 aten = torch.ops.aten
@@ -85,7 +85,7 @@ def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:
 
 def _replace(graph: fx.Graph, spec: GraphSpec, ctx: Context, key: str, reached: set[fx.Node]) -> Replacement:
     scalar = ctx.scalars[key]
-    per_sample: Any = spec.loss_normalizer if spec.loss_normalizer is not None else counted_per_sample(ctx, scalar)
+    per_sample: Any = spec.loss_normalizer if spec.loss_normalizer is not None else ctx.counted_per_sample(scalar)
     where = source_line(scalar) or f"input {scalar.name}"
     if per_sample is None:
         raise OptionsError(
@@ -110,20 +110,6 @@ def _replace(graph: fx.Graph, spec: GraphSpec, ctx: Context, key: str, reached: 
 
 def _same_value(ctx: Context, node: fx.Node, key: str) -> bool:
     return node.op == "call_function" and f"value{ctx._value_number(node)}" == key
-
-
-def counted_per_sample(ctx: Context, scalar: fx.Node) -> Expr | None:
-    """How many elements of one sample a count can reach: the size of what is summed, over the batch size."""
-    node: Any = scalar
-    while isinstance(node, fx.Node) and node.op == "call_function":
-        source: Any = node.args[0] if node.args else None
-        if node.target in (aten.sum.default, aten.sum.dim_IntList) and isinstance(ctx.type(source), PerSample):
-            counts = not source.meta["val"].is_floating_point()
-            return quotient(sympy.Mul(*ctx.shape(source)), ctx.batch) if counts else None
-        if not isinstance(ctx.type(node), (SampleSum, Mixed)):
-            return None
-        node = source
-    return None
 
 
 def _constant(graph: fx.Graph, spec: GraphSpec, ctx: Context, node: fx.Node, per_sample: Any) -> fx.Node:

@@ -18,7 +18,7 @@ from .sample_types import Expr
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
-Chosen = Literal["materialize", "ghost", "single", "empty", "public", "unused"]
+Chosen = Literal["materialize", "ghost", "single", "empty", "constant", "unused"]
 # Floating-point operations that a device does in the time of one byte of memory traffic.
 FLOPS_PER_BYTE = {"cpu": 6, "cuda": 180}
 
@@ -61,15 +61,15 @@ def plan_gradients(gradients: list[ParameterGradient], spec: GraphSpec, ctx: Con
 
 
 def _plan(gradient: ParameterGradient, spec: GraphSpec, ctx: Context) -> ParameterPlan:
-    if not gradient.private:
-        text = "not reached by the loss" if gradient.node is None else "depends on no sample: released as it is"
-        return ParameterPlan(gradient, "unused" if gradient.node is None else "public", text, "-")
-    assert gradient.node is not None
+    if gradient.node is None:
+        return ParameterPlan(gradient, "unused", "not reached by the loss", "-")
     size = sympy.Mul(*ctx.shape(gradient.node))
     width = gradient.node.meta["val"].dtype.itemsize
     kind = " + ".join(dict.fromkeys(use_kind(use) for use in gradient.uses)) or "whole gradient"
     if ctx.batch == 0:
         return ParameterPlan(gradient, "empty", "no sample: noise alone", "-")
+    if gradient.constant:
+        return ParameterPlan(gradient, "constant", "the same for every sample", "-", (), 3 * size, 2 * width * size)
     if not gradient.uses:
         return ParameterPlan(gradient, "single", "one sample: the gradient is its own", kind, (), 3 * size, 2 * width * size)
     glob, wanted = next(((g, a) for g, a in spec.norm_algorithm if fnmatchcase(gradient.name, g)), ("*", "auto"))

@@ -2,27 +2,58 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.functions import FloorDiv
 
+from .errors import UnsupportedGraphError
 from .match import Use
-from .sample_types import Axis
+from .rules.join import SHARING_SUMS
+from .sample_types import Axis, Expr, expression
 
 aten, prims = torch.ops.aten, torch.ops.prims
 Values = dict[fx.Node, Any]
-Batch = int | torch.SymInt
 
 
-def samples_first(x: Tensor, axis: Axis, batch: Batch) -> Tensor:
+class Sizes:
+    """The batch size, and other sizes of the graph, as numbers that tracing follows."""
+
+    def __init__(self, batch: int | torch.SymInt, tensors: Sequence[Any]) -> None:
+        self.batch = batch
+        self._symbols: dict[Any, Any] = {}
+        for tensor in tensors:
+            for size in tensor.shape if isinstance(tensor, Tensor) else [tensor]:
+                if isinstance(size, torch.SymInt):
+                    self._symbols.setdefault(size.node.expr, size)
+
+    def __call__(self, expr: Expr) -> Any:
+        if expr.is_Integer:
+            return int(expr)
+        if expr in self._symbols:
+            return self._symbols[expr]
+        parts = [self(part) for part in expr.args]
+        if isinstance(expr, sympy.Mul):
+            return math.prod(parts)
+        if isinstance(expr, sympy.Add):
+            return sum(parts)
+        if isinstance(expr, sympy.Pow):
+            return parts[0] ** parts[1]
+        if isinstance(expr, FloorDiv):
+            return parts[0] // parts[1]
+        raise UnsupportedGraphError(f"the size {expr} cannot be computed from the sizes of the graph's values; mark it static.")
+
+
+def samples_first(x: Tensor, axis: Axis, sizes: Sizes) -> Tensor:
     """``[.., outer * B * inner, ..]`` as ``[B, .., outer * inner, ..]``: slice b is sample b's part, its layout kept."""
-    size = x.shape[axis.dim]
-    inner = _size(axis, size, batch)
-    outer = size // (batch * inner)
+    batch, inner = sizes.batch, sizes(axis.inner)
+    outer = _outer(x, axis, sizes)
     if _is_one(outer):
         split = x.unflatten(axis.dim, (batch, inner)) if not _is_one(inner) else x.unsqueeze(axis.dim + 1)
         return split.movedim(axis.dim, 0)
@@ -30,25 +61,20 @@ def samples_first(x: Tensor, axis: Axis, batch: Batch) -> Tensor:
     return split.flatten(axis.dim + 1, axis.dim + 2)
 
 
-def along_axis(per_sample: Tensor, axis: Axis, x: Tensor) -> Tensor:
-    """A [B] tensor stretched along the sample dimension of x, shaped to broadcast against it."""
-    batch = per_sample.shape[0]
+def _outer(x: Tensor, axis: Axis, sizes: Sizes) -> Any:
     size = x.shape[axis.dim]
-    inner = _size(axis, size, batch)
-    stretched = per_sample.view(1, batch, 1).expand(size // (batch * inner), batch, inner).reshape(size)
+    return sizes(sympy.cancel(expression(size) / (expression(sizes.batch) * axis.inner)))
+
+
+def along_axis(per_sample: Tensor, axis: Axis, x: Tensor, sizes: Sizes) -> Tensor:
+    """A [B] tensor stretched along the sample dimension of x, shaped to broadcast against it."""
+    size = x.shape[axis.dim]
+    stretched = per_sample.view(1, sizes.batch, 1).expand(_outer(x, axis, sizes), sizes.batch, sizes(axis.inner)).reshape(size)
     return stretched.view(size, *[1] * (x.dim() - axis.dim - 1))
 
 
 def _is_one(size: Any) -> bool:
     return isinstance(size, int) and size == 1
-
-
-def _size(axis: Axis, size: Any, batch: Any) -> Any:
-    """``axis.inner`` as a number that tracing understands."""
-    if axis.inner.is_Integer:
-        return int(axis.inner)
-    shape_env = next(s.node.shape_env for s in (size, batch) if isinstance(s, torch.SymInt))
-    return shape_env.create_symintnode(axis.inner, hint=None)
 
 
 # Operators that vmap has no rule for, as operators that it has.
@@ -89,10 +115,10 @@ def lookup(tree: Any, values: Values) -> Any:
     return fx.node.map_arg(tree, values.__getitem__)
 
 
-def shares(use: Use, values: Values, batch: Batch) -> Tensor:
+def shares(use: Use, values: Values, sizes: Sizes) -> Tensor:
     """``[B, *out]``: what each sample adds to the reduction."""
     if use.operation.target is aten.convolution_backward.default:
-        return _convolution_shares(use, values, batch)
+        return _convolution_shares(use, values, sizes)
     leaves, tree = pytree.tree_flatten((use.operation.args, use.operation.kwargs))
     leaves = [values[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
     positions = sorted(use.axes)
@@ -104,32 +130,51 @@ def shares(use: Use, values: Values, batch: Batch) -> Tensor:
         args, kwargs = pytree.tree_unflatten(own, tree)
         return call(use.operation.target, args, kwargs)
 
-    return torch.vmap(one)(*(samples_first(leaves[i], use.axes[i], batch) for i in positions))
+    return torch.vmap(one)(*(samples_first(leaves[i], use.axes[i], sizes) for i in positions))
 
 
-def _convolution_shares(use: Use, values: Values, batch: Batch) -> Tensor:
+def _convolution_shares(use: Use, values: Values, sizes: Sizes) -> Tensor:
     grad, source, weight, _, *settings = lookup(use.operation.args, values)
+    grad, source = (samples_first(x, use.axes[i], sizes) for i, x in enumerate((grad, source)))
     if use.node.args[1] == 2:
-        return grad.flatten(2).sum(2)
+        return grad.flatten(3).sum((1, 3))
     return torch.ops.flashnorm.conv_weight_grads(grad, source, list(weight.shape), *settings[:-1])
 
 
-def tail_per_sample(tail: Sequence[fx.Node], uses: Sequence[Use], values: Values, batch: Batch, result: fx.Node) -> Tensor:
+def _shared_addend(node: fx.Node, args: Any, here: Values, weight: Any) -> Any:
+    """In a sum of a sample's values and public ones, the public part counts for each sample by its weight."""
+    if node.target not in SHARING_SUMS:
+        return args
+    pairs = zip(node.args, args, strict=True)
+    return [value if isinstance(arg, fx.Node) and arg in here else value * weight for arg, value in pairs]
+
+
+def tail_per_sample(tail: Sequence[fx.Node], uses: Sequence[Use], values: Values, sizes: Sizes, result: fx.Node) -> Tensor:
     """``[B, *parameter]``: each sample's gradient, the linear tail run on each sample's shares."""
-    parts = [shares(use, values, batch) for use in uses]
+    parts = [shares(use, values, sizes) for use in uses]
     if not tail:
         return parts[0]
-    return torch.vmap(lambda *own: run_tail(tail, uses, own, values, result, narrow=True))(*parts)
+    weight = 1 / sizes.batch
+    return torch.vmap(lambda *own: run_tail(tail, uses, own, values, result, weight, narrow=True))(*parts)
 
 
 def run_tail(
-    tail: Sequence[fx.Node], uses: Sequence[Use], parts: Sequence[Tensor], values: Values, result: fx.Node, narrow: bool
+    tail: Sequence[fx.Node],
+    uses: Sequence[Use],
+    parts: Sequence[Tensor],
+    values: Values,
+    result: fx.Node,
+    weight: Any,
+    narrow: bool,
 ) -> Tensor:
-    """The tail on other values of its uses. With ``narrow=False`` casts to a narrower float are left out."""
-    here = dict(values)
-    here.update({use.node: part for use, part in zip(uses, parts, strict=True)})
+    """The tail on other values of its uses. With ``narrow=False`` casts to a narrower float are left out.
+
+    ``weight``: what a public term that is added to the samples' sum counts for (1/B for one sample).
+    """
+    here: Values = {use.node: part for use, part in zip(uses, parts, strict=True)}
     for node in tail:
-        args, kwargs = lookup((node.args, node.kwargs), _Chain(here))
+        args, kwargs = lookup((node.args, node.kwargs), {**values, **here})
+        args = _shared_addend(node, args, here, weight)
         if not narrow:
             args, kwargs = _widened(node, args, kwargs)
             if args is None:
@@ -137,13 +182,6 @@ def run_tail(
                 continue
         here[node] = call(node.target, args, kwargs)
     return here[result]
-
-
-class _Chain(dict):  # type: ignore[type-arg]
-    """Values by node; a missing one is a bug in the tail's operands."""
-
-    def __init__(self, values: Values) -> None:
-        super().__init__(values)
 
 
 _MOVES = {
@@ -172,7 +210,7 @@ def _widened(node: fx.Node, args: Any, kwargs: Any) -> Any:
     return pytree.tree_unflatten([narrowed(o, v) for o, v in zip(flat, given, strict=True)], tree)
 
 
-def clipped_use(use: Use, values: Values, factors: Tensor) -> Tensor:
+def clipped_use(use: Use, values: Values, factors: Tensor, sizes: Sizes) -> Tensor:
     """The reduction with each sample's share multiplied by its factor; a share with factor 0 counts as exactly 0.
 
     ``factors`` [B], float32. Narrow operands are widened, so that the sum over samples is not rounded before the noise.
@@ -187,8 +225,8 @@ def clipped_use(use: Use, values: Values, factors: Tensor) -> Tensor:
         if position in use.axes:
             axis = use.axes[position]
             if position == use.linear:
-                wide = wide * along_axis(factors, axis, leaf).to(wide.dtype)
-            wide = torch.where(along_axis(keep, axis, leaf), wide, 0)
+                wide = wide * along_axis(factors, axis, leaf, sizes).to(wide.dtype)
+            wide = torch.where(along_axis(keep, axis, leaf, sizes), wide, 0)
         leaves[position] = wide
     args, kwargs = pytree.tree_unflatten(leaves, tree)
     return call(use.operation.target, args, kwargs)

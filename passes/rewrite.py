@@ -21,7 +21,7 @@ from .factors import Outer, Rows, squared_norms, wide
 from .graph_spec import GraphSpec, Role
 from .match import gradient_outputs, write_operands
 from .plan import Factor, ParameterPlan
-from .replay import Batch, Values, clipped_use, run_tail, samples_first, tail_per_sample
+from .replay import Sizes, Values, clipped_use, run_tail, samples_first, tail_per_sample
 from .rules import Context
 from .type_samples import placeholder_specs
 
@@ -91,16 +91,16 @@ class _Writer:
 
     def build(self, *given: Any) -> list[Tensor]:
         values: Values = dict(zip(self.inputs, given, strict=True))
-        batch = values[self.batch_node].shape[self.dim]
-        per_sample = [self._materialized(plan, values, batch) for plan in self.plans]
-        norms = [self._norms(plan, dense, values, batch) for plan, dense in zip(self.plans, per_sample, strict=True)]
+        sizes = Sizes(values[self.batch_node].shape[self.dim], given)
+        per_sample = [self._materialized(plan, values, sizes) for plan in self.plans]
+        norms = [self._norms(plan, dense, values, sizes) for plan, dense in zip(self.plans, per_sample, strict=True)]
         rows = {plan.gradient.row: norm for plan, norm in zip(self.plans, norms, strict=True)}
         zero = torch.zeros_like(norms[0])
         norms_sq = torch.stack([rows.get(row, zero) for row in range(len(self.spec.parameters))], 1)
         handle, after = self._state(values)
         factors, keys, std = torch.ops.flashnorm.release(handle, norms_sq, after)
         return [
-            self._released(plan, dense, values, factors[plan.gradient.row], keys, std)
+            self._released(plan, dense, values, factors[plan.gradient.row], keys, std, sizes)
             for plan, dense in zip(self.plans, per_sample, strict=True)
         ]
 
@@ -117,28 +117,38 @@ class _Writer:
         assert after is not None
         return handle, after
 
-    def _materialized(self, plan: ParameterPlan, values: Values, batch: Batch) -> Tensor | None:
+    def _materialized(self, plan: ParameterPlan, values: Values, sizes: Sizes) -> Tensor | None:
         """[B, *parameter], or ``None`` where norms come from factors."""
         gradient = plan.gradient
         if plan.chosen == "single":
             return values[gradient.node].unsqueeze(0)  # type: ignore[index]
+        if plan.chosen == "constant":
+            value = wide_or_complex(values[gradient.node])  # type: ignore[index]
+            return (value / sizes.batch).unsqueeze(0).expand(sizes.batch, *value.shape)
         if plan.chosen == "empty":
             node = gradient.node.meta["val"]  # type: ignore[union-attr]
             return torch.zeros((0, *node.shape), dtype=node.dtype, device=node.device)
         if plan.chosen == "ghost":
             return None
-        return tail_per_sample(gradient.tail, gradient.uses, values, batch, gradient.node)  # type: ignore[arg-type]
+        return tail_per_sample(gradient.tail, gradient.uses, values, sizes, gradient.node)  # type: ignore[arg-type]
 
-    def _norms(self, plan: ParameterPlan, dense: Tensor | None, values: Values, batch: Batch) -> Tensor:
+    def _norms(self, plan: ParameterPlan, dense: Tensor | None, values: Values, sizes: Sizes) -> Tensor:
         """float32 [B]."""
         if plan.chosen == "ghost":
-            return squared_norms([_factor_values(factor, values, batch) for factor in plan.factors]).float()
+            return squared_norms([_factor_values(factor, values, sizes) for factor in plan.factors]).float()
         assert dense is not None
         squares = wide(_real(dense)).square()
         return (squares.sum(list(range(1, squares.dim()))) if squares.dim() > 1 else squares).float()
 
     def _released(
-        self, plan: ParameterPlan, dense: Tensor | None, values: Values, factors: Tensor, keys: Tensor, std: Tensor
+        self,
+        plan: ParameterPlan,
+        dense: Tensor | None,
+        values: Values,
+        factors: Tensor,
+        keys: Tensor,
+        std: Tensor,
+        sizes: Sizes,
     ) -> Tensor:
         gradient = plan.gradient
         assert gradient.node is not None
@@ -146,8 +156,8 @@ class _Writer:
         if dense is not None:
             total = _weighted_sum(dense, factors)
         else:
-            parts = [clipped_use(use, values, factors) for use in gradient.uses]
-            total = run_tail(gradient.tail, gradient.uses, parts, values, gradient.node, narrow=False)
+            parts = [clipped_use(use, values, factors, sizes) for use in gradient.uses]
+            total = run_tail(gradient.tail, gradient.uses, parts, values, gradient.node, factors.sum() / sizes.batch, narrow=False)
         total = _real(total.reshape(original.shape))
         dtype = _real_dtype(original.dtype)
         cast = () if total.dtype == dtype else (dtype,)
@@ -173,6 +183,10 @@ def _known(size: Any, value: int) -> bool:
     return isinstance(size, int) and size == value
 
 
+def wide_or_complex(x: Tensor) -> Tensor:
+    return x if x.is_complex() else wide(x)
+
+
 def _real(x: Tensor) -> Tensor:
     return torch.view_as_real(x) if x.is_complex() else x
 
@@ -190,17 +204,17 @@ def _weighted_sum(dense: Tensor, factors: Tensor) -> Tensor:
     return torch.view_as_complex(total) if dense.is_complex() else total
 
 
-def _factor_values(factor: Factor, values: Values, batch: Batch) -> Outer | Rows:
+def _factor_values(factor: Factor, values: Values, sizes: Sizes) -> Outer | Rows:
     use = factor.use
     if factor.kind == "rows":
-        return _row_values(factor, values, batch)
-    left, right = (samples_first(values[use.leaves[i]], use.axes[i], batch) for i in (0, 1))
+        return _row_values(factor, values, sizes)
+    left, right = (samples_first(values[use.leaves[i]], use.axes[i], sizes) for i in (0, 1))
     # left [B, m, T] and right [B, T, n]: the gradient is left @ right, or its transpose
     g, a = left.mT, right
     return Outer(a, g) if factor.swapped else Outer(g, a)
 
 
-def _row_values(factor: Factor, values: Values, batch: Batch) -> Rows:
+def _row_values(factor: Factor, values: Values, sizes: Sizes) -> Rows:
     use = factor.use
     _, indices, grads, mask = write_operands_of(use.operation)
     position = {id(leaf): i for i, leaf in enumerate(use.leaves) if isinstance(leaf, fx.Node)}
@@ -208,7 +222,7 @@ def _row_values(factor: Factor, values: Values, batch: Batch) -> Rows:
     def own(node: fx.Node) -> Tensor:
         value = values[node]
         axis = use.axes.get(position[id(node)])
-        return value.unsqueeze(0).expand(batch, *value.shape) if axis is None else samples_first(value, axis, batch)
+        return value.unsqueeze(0).expand(sizes.batch, *value.shape) if axis is None else samples_first(value, axis, sizes)
 
     ids, g = own(indices[0]), own(grads)
     shape = torch.broadcast_shapes(ids.shape, g.shape[:-1])

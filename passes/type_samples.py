@@ -13,7 +13,7 @@ from .errors import BatchDimensionError, UnsupportedGraphError
 from .graph_spec import GraphSpec, InputSpec, Role
 from .rules import RULES, Context, Result
 from .rules.pointwise import elementwise
-from .sample_types import ANY_SCALE, PUBLIC, Axis, Expr, Mixed, PerSample, Public, SampleSum, SampleType, expression
+from .sample_types import ANY_SCALE, PUBLIC, Axis, Expr, Mixed, PerSample, Public, SampleSum, SampleType, expression, known_scale
 
 META_KEY = "sample_type"
 
@@ -32,10 +32,20 @@ def type_samples(graph: fx.Graph, spec: GraphSpec) -> Context:
     for node in graph.nodes:
         if _is_tangent(node):
             continue  # typed below, once its output is
-        if node.op not in ("placeholder", "output"):
+        if node.op != "placeholder":
             _ready(ctx, node, graph)
-            ctx.types[node] = infer(ctx, node)
+        if node.op not in ("placeholder", "output"):
+            found = infer(ctx, node)
+            ctx.types[node] = _own(ctx, node, found) if ctx.batch == 1 else found
     return ctx
+
+
+def _own(ctx: Context, node: fx.Node, found: Result) -> Result:
+    """With one sample nothing can mix: whatever is not public is that sample's own, unless a batch-dependent number scales it."""
+    fresh = any(isinstance(type_, Mixed) and type_.origin is node for type_ in (found if isinstance(found, tuple) else (found,)))
+    if not fresh or any(known_scale(ctx.type(arg).scale) for arg in node.all_input_nodes):
+        return found
+    return (SampleSum(),) * len(found) if isinstance(found, tuple) else SampleSum()
 
 
 def _is_tangent(node: fx.Node) -> bool:

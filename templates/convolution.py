@@ -1,7 +1,7 @@
 """``flashnorm::conv_weight_grads``: every sample's gradient of a convolution's kernel.
 
-    grad          [B, O, *out]     gradient of the convolution's output
-    source        [B, I, *in]      its input
+    grad          [B, K, O, *out]  gradient of the convolution's output; a sample owns K images
+    source        [B, K, I, *in]   its input
     weight_shape  sizes of the kernel: [O, I/groups, *k], or [I, O/groups, *k] when transposed
     returns       [B, *weight_shape], in the dtype of ``grad``
 
@@ -35,8 +35,7 @@ def conv_weight_grads(
     only_weight = [False, True, False]
     settings = (stride, padding, dilation, transposed, output_padding, groups, only_weight)
     for sample in range(grad.shape[0]):
-        one = slice(sample, sample + 1)
-        out[sample] = aten.convolution_backward(grad[one], source[one], weight, None, *settings)[1]
+        out[sample] = aten.convolution_backward(grad[sample], source[sample], weight, None, *settings)[1]
     return out
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from ..sample_types import (
@@ -26,6 +27,8 @@ NONLINEAR_SUM = "a sum over the samples is used in a way that is not linear, so 
 NONLINEAR_SCALE = "a value scaled by a number that depends on the whole batch is used in a way that is not linear"
 SCALES_DIFFER = "terms that are scaled by different batch-dependent numbers are added"
 TWO_AXES = "it combines values of different samples: their sample axes do not line up"
+# Sums in which a public term may stand beside a sum over samples: it is shared out equally among them.
+SHARING_SUMS = {torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor}
 PUBLIC_TERM = "a term that belongs to no sample is added to a sum over the samples"
 SUM_TIMES_SAMPLE = "a sum over all samples meets the values of single samples"
 
@@ -84,7 +87,8 @@ def additive(ctx: Context, node: fx.Node, args: Sequence[Any]) -> SampleType:
         return ctx.scale_mixed(node, [type_.scale for type_ in types], SCALES_DIFFER)
     sums = [isinstance(type_, SampleSum) for type_ in types]
     if any(sums):
-        if all(sums):
+        public = [isinstance(type_, (SampleSum, Public)) for type_ in types]
+        if all(sums) or (all(public) and node.target in SHARING_SUMS):
             return SampleSum(scale)
         return ctx.mixed(node, SUM_TIMES_SAMPLE if any(isinstance(t, PerSample) for t in types) else PUBLIC_TERM)
     if any(isinstance(type_, Affine) for type_ in types):

@@ -20,8 +20,11 @@ from ..sample_types import (
     SampleSum,
     SampleType,
     Scale,
+    divides,
     expression,
     locate,
+    product,
+    quotient,
     stride_of,
 )
 
@@ -123,8 +126,6 @@ class Context:
 
     def aligned(self, axis: Axis, size_of_all: Sequence[Expr], dim: int) -> bool:
         """Whether these positions along the sample dimension are whole periods of ``B * inner``."""
-        from ..sample_types import divides
-
         period = self.batch * axis.inner
         return axis.dim == dim and all(position == 0 or divides(period, position) for position in size_of_all)
 
@@ -143,9 +144,25 @@ class Context:
             return None
         if not isinstance(self.type(node), (SampleSum, Mixed)):
             return None
+        if self.batch == 1 and node.op != "placeholder" and self.counted_per_sample(node) is None:
+            return None  # a number of the one sample's own; only counts of a batch would be replaced in a larger one
         key = f"{node.name}" if node.op == "placeholder" else f"value{self._value_number(node)}"
         self.scalars.setdefault(key, node)
         return ((key, 1),)
+
+    def counted_per_sample(self, scalar: fx.Node) -> Expr | None:
+        """How many elements of one sample a count can reach: the size of what is summed, over the batch size."""
+        sums = (torch.ops.aten.sum.default, torch.ops.aten.sum.dim_IntList)
+        node: Any = scalar
+        while isinstance(node, fx.Node) and node.op == "call_function":
+            source: Any = node.args[0] if node.args else None
+            if node.target in sums and isinstance(self.type(source), PerSample):
+                counts = not source.meta["val"].is_floating_point()
+                return quotient(product(self.shape(source)), self.batch) if counts else None
+            if not isinstance(self.type(node), (SampleSum, Mixed)):
+                return None
+            node = source
+        return None
 
     def _is_single(self, node: fx.Node) -> bool:
         value = node.meta.get("val")
