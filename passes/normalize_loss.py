@@ -15,14 +15,14 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch.utils._sympy.functions import FloorDiv
 
 from .errors import OptionsError
-from .graph_spec import GraphSpec, Role
+from .graph_spec import GraphSpec
 from .match import gradient_outputs
 from .refusal import mixing_error, source_line
 from .rules import Context
 from .sample_types import Expr, Mixed, Public, common_scale, known_scale
-from .type_samples import placeholder_specs
 
 aten = torch.ops.aten
 
@@ -119,19 +119,43 @@ def _constant(graph: fx.Graph, spec: GraphSpec, ctx: Context, node: fx.Node, per
     total = sympy.sympify(per_sample) * (ctx.batch if spec.loss_reduction == "mean" else 1)
     first = next(n for n in graph.nodes if n.op != "placeholder")
     with graph.inserting_before(first if node.op == "placeholder" else node.next):
-        number: Any = float(total) if total.is_number else _symbolic(graph, spec, ctx, float(sympy.cancel(total / ctx.batch)))
+        number = float(total) if total.is_number else _size_node(graph, total)
         constant = graph.call_function(aten.full.default, (list(value.shape), number), {"dtype": dtype, "device": value.device})
-    mode = value.fake_mode
-    with mode:
+    with value.fake_mode:
         constant.meta["val"] = torch.empty(value.shape, dtype=dtype, device=value.device)
     return constant
 
 
-def _symbolic(graph: fx.Graph, spec: GraphSpec, ctx: Context, factor: float) -> fx.Node:
-    """``B * factor`` for a symbolic batch size, read off a private input."""
-    source, given = next((n, g) for n, g in placeholder_specs(graph, spec) if g.role is Role.PRIVATE)
-    size = graph.call_function(aten.sym_size.int, (source, given.dim))
-    size.meta["val"] = source.meta["val"].shape[given.dim]
-    number = graph.call_function(operator.mul, (size, factor))
-    number.meta["val"] = size.meta["val"] * factor
-    return number
+_OPERATIONS: dict[Any, Any] = {
+    sympy.Mul: operator.mul,
+    sympy.Add: operator.add,
+    sympy.Pow: operator.pow,
+    FloorDiv: operator.floordiv,
+}
+
+
+def _size_node(graph: fx.Graph, expr: Expr) -> Any:
+    """A node that computes an expression in the graph's size symbols."""
+    if expr.is_number:
+        return int(expr) if expr.is_Integer else float(expr)
+    if expr.is_Symbol:
+        return _symbol_node(graph, expr)
+    parts = [_size_node(graph, part) for part in expr.args]
+    result = parts[0]
+    for part in parts[1:]:
+        values = [p.meta["val"] if isinstance(p, fx.Node) else p for p in (result, part)]
+        operation = _OPERATIONS[expr.func]
+        result = graph.call_function(operation, (result, part))
+        result.meta["val"] = operation(*values)
+    return result
+
+
+def _symbol_node(graph: fx.Graph, symbol: Expr) -> fx.Node:
+    for node in graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        for dim, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+            if isinstance(size, torch.SymInt) and size.node.expr == symbol:
+                found = graph.call_function(aten.sym_size.int, (node, dim))
+                found.meta["val"] = size
+                return found
+    raise OptionsError(f"the fixed normaliser of the loss depends on a size that no input shows ({symbol}). Set loss_normalizer.")
