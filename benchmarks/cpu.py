@@ -25,7 +25,7 @@ from torch import Tensor
 
 import flashnorm_compile
 from benchmarks.cases import CASES, Case
-from benchmarks.gate import TOLERANCE, GateError, clipped_mean, gradient_error
+from benchmarks.gate import TOLERANCE, GateError, clipped_mean, gradient_error, rounding_error
 from benchmarks.timing import Step, Times, interleave, peak_tensor_bytes
 
 SUITE = "cpu"
@@ -96,11 +96,9 @@ def run_case(case: Case, arguments: argparse.Namespace) -> list[Row]:
     options: dict[str, Any] = {"max_grad_norm": 1.0, "noise_multiplier": 1.0, **arguments.options}
     only = arguments.forward_backward_only
     private = Contender(copy.deepcopy(model), inputs, "flashnorm", options, forward_backward_only=only)
-    error = _pass_gate(private, case)
-    contenders = {
-        "flashnorm": private,
-        "inductor": Contender(copy.deepcopy(model), inputs, "inductor", forward_backward_only=only),
-    }
+    plain = Contender(copy.deepcopy(model), inputs, "inductor", forward_backward_only=only)
+    error = _pass_gate(private, plain, case)
+    contenders = {"flashnorm": private, "inductor": plain}
     if arguments.eager:
         contenders["eager"] = Contender(model, inputs, None, forward_backward_only=only)
     steps: dict[str, Step] = {name: contender.step for name, contender in contenders.items()}
@@ -108,8 +106,15 @@ def run_case(case: Case, arguments: argparse.Namespace) -> list[Row]:
     return [_row(case, name, contender, times, error if name == "flashnorm" else None) for name, contender in contenders.items()]
 
 
-def _pass_gate(private: Contender, case: Case) -> float:
-    """Compares one noiseless gradient with the loop over samples; leaves clipping norm and noise as they were."""
+def _pass_gate(private: Contender, plain: Contender, case: Case) -> float:
+    """Compares one noiseless gradient with the loop over samples; leaves clipping norm and noise as they were.
+
+    Allowed is the tolerance, or twice the error that the compiled non-private step has in float32 (a ReLU that rounding
+    switches moves both).
+    """
+    plain.backward()
+    allowed = max(TOLERANCE, 2 * rounding_error(plain.model, plain.inputs))
+    plain.optimizer.zero_grad(set_to_none=True)
     reference, max_grad_norm = clipped_mean(private.model, private.inputs)
     state = flashnorm_compile.privacy(private.model)
     before = state.max_grad_norm, state.noise_multiplier
@@ -118,8 +123,8 @@ def _pass_gate(private: Contender, case: Case) -> float:
     error = gradient_error(private.model, reference)
     state.max_grad_norm, state.noise_multiplier = before
     private.optimizer.zero_grad(set_to_none=True)
-    if not error <= TOLERANCE:
-        raise GateError(f"{case.name}: relative error {error:.1e} of the private gradient, allowed {TOLERANCE:.0e}")
+    if not error <= allowed:
+        raise GateError(f"{case.name}: relative error {error:.1e} of the private gradient, allowed {allowed:.0e}")
     return error
 
 

@@ -33,6 +33,12 @@ def clipped_mean(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[dict[str
     return total, max_grad_norm
 
 
+def rounding_error(model: nn.Module, inputs: tuple[Tensor, ...]) -> float:
+    """The error of the non-private `.grad` of a whole batch against float64: what this model's float32 costs anybody."""
+    exact = copy.deepcopy(model).double()
+    return gradient_error(model, _gradients(exact, tuple(_as_double(x) for x in inputs)))
+
+
 def gradient_error(model: nn.Module, reference: dict[str, Tensor]) -> float:
     """The largest relative distance, over parameters, of `.grad` to the reference; infinite where one is missing."""
     errors = [_relative_distance(parameter.grad, reference[name]) for name, parameter in model.named_parameters()]

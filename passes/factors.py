@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,26 @@ class Rows:
 
     ids_bt: Tensor
     g_btd: Tensor
+
+
+def convolution_factors(grad: Tensor, source: Tensor, kernel: Sequence[int], settings: Sequence[Any]) -> Outer:
+    """A convolution's weight gradient as a product over output positions: patches of the input times gradients.
+
+    ``grad`` [B, K, O, *out], ``source`` [B, K, I, *in], one or two spatial dimensions; ``settings``: stride, padding,
+    dilation, transposed. A transposed convolution swaps the two operands' roles.
+    """
+    stride, padding, dilation, transposed = settings
+    rows, patched = (source, grad) if transposed else (grad, source)
+    batch, images = rows.shape[:2]
+    flat = patched.flatten(0, 1)
+    if len(kernel) == 1:
+        flat, kernel = flat.unsqueeze(2), (1, *kernel)
+        stride, padding, dilation = (1, *stride), (0, *padding), (1, *dilation)
+    patches_bdt = torch.ops.aten.im2col(flat, kernel, dilation, padding, stride)
+    rows_bpt = rows.flatten(0, 1).flatten(2)
+    patches_bdt = patches_bdt[:, :, : rows_bpt.shape[2]]
+    a = patches_bdt.mT.reshape(batch, images * rows_bpt.shape[2], patches_bdt.shape[1])
+    return Outer(rows_bpt.mT.reshape(batch, images * rows_bpt.shape[2], rows_bpt.shape[1]), a)
 
 
 # Below this share of what its terms could add up to, a sum of terms has lost its digits in float32, whatever computes it.

@@ -170,6 +170,10 @@ def _factor(use: Use, swapped: bool, ctx: Context) -> Factor | None:
     node = use.operation
     if node.target is aten.mm.default:
         return Factor(use, "outer", swapped)
+    if node.target is aten.convolution_backward.default and use.node.args[1] == 1:
+        source, weight, groups = node.args[1], node.args[2], node.args[9]
+        plain = groups == 1 and len(ctx.shape(source)) in (3, 4) and len(ctx.shape(weight)) == len(ctx.shape(source))
+        return Factor(use, "outer") if plain and not swapped else None
     if node.target in WRITES:
         x, indices, values, mask = write_operands(ctx, node)
         one_row = len(indices) == 1 and len(ctx.shape(x)) == 2 and (len(node.args) < 4 or mask is not None or bool(node.args[3]))
@@ -188,10 +192,18 @@ def contraction_length(factor: Factor, ctx: Context) -> Expr:
     """T: positions per sample over which the factor is summed."""
     position, axis = next(iter(factor.use.axes.items()))
     leaf = factor.use.leaves[position]
+    if is_convolution(factor):
+        rows = factor.use.operation.args[1 if factor.use.operation.args[7] else 0]
+        images, _, *positions = ctx.shape(rows)
+        return sympy.cancel(images / ctx.batch) * sympy.Mul(*positions)
     if factor.kind == "outer":
         return sympy.cancel(ctx.shape(leaf)[axis.dim] / ctx.batch)
     ids = write_operands(ctx, factor.use.operation)[1][0]
     return sympy.cancel(sympy.Mul(*ctx.shape(ids)) / ctx.batch)
+
+
+def is_convolution(factor: Factor) -> bool:
+    return factor.use.operation.target is aten.convolution_backward.default
 
 
 def _ghost_plan(gradient: ParameterGradient, kind: str, factors: tuple[Factor, ...], ctx: Context) -> ParameterPlan:
@@ -203,7 +215,8 @@ def _ghost_plan(gradient: ParameterGradient, kind: str, factors: tuple[Factor, .
     row_length = sum((contraction_length(f, ctx) for f in rows), sympy.S.Zero)
     flops, moved, held = sympy.S.Zero, sympy.S.Zero, sympy.S.Zero
     if outer:
-        p, d = ctx.shape(outer[0].use.operation)
+        p, *columns = ctx.shape(outer[0].use.node)
+        d = sympy.Mul(*columns)
         flops += 2 * batch * length * (p + d) if length == 1 else 2 * batch * length**2 * (p + d)
         moved += 8 * batch * length * (p + d)
         held += 4 * batch * length * (p + d)

@@ -17,10 +17,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from ..templates import convolution, noise, release  # noqa: F401  (registers the operators)
-from .factors import Outer, Rows, squared_norms, wide
+from .factors import Outer, Rows, convolution_factors, squared_norms, wide
 from .graph_spec import GraphSpec, Role
 from .match import gradient_outputs, write_operands
-from .plan import Factor, ParameterPlan
+from .plan import Factor, ParameterPlan, is_convolution
 from .replay import Sizes, Values, clipped_use, run_tail, samples_first, tail_per_sample
 from .rules import Context
 from .type_samples import placeholder_specs
@@ -43,8 +43,16 @@ def rewrite_gradients(graph: fx.Graph, spec: GraphSpec, ctx: Context, plans: lis
         outputs[plan.gradient.output] = node
     output.args = (type(output.args[0])(outputs) if isinstance(output.args[0], tuple) else outputs,)
     graph.eliminate_dead_code()
+    _drop_unused_outputs(graph)
     graph.lint()
     _check_released(graph, spec, plans)
+
+
+def _drop_unused_outputs(graph: fx.Graph) -> None:
+    """Convolutions compute the summed weight gradient only where somebody still reads it."""
+    for node in graph.find_nodes(op="call_function", target=aten.convolution_backward.default):
+        read = {user.args[1] for user in node.users}
+        node.update_arg(10, [bool(wanted) and i in read for i, wanted in enumerate(node.args[10])])
 
 
 def _check_released(graph: fx.Graph, spec: GraphSpec, plans: list[ParameterPlan]) -> None:
@@ -208,6 +216,11 @@ def _factor_values(factor: Factor, values: Values, sizes: Sizes) -> Outer | Rows
     use = factor.use
     if factor.kind == "rows":
         return _row_values(factor, values, sizes)
+    if is_convolution(factor):
+        grad, source, weight = use.operation.args[:3]
+        settings = [use.operation.args[i] for i in (4, 5, 6, 7)]
+        operands = (samples_first(values[leaf], use.axes[i], sizes) for i, leaf in enumerate((grad, source)))
+        return convolution_factors(*operands, values[weight].shape[2:], settings)
     left, right = (samples_first(values[use.leaves[i]], use.axes[i], sizes) for i in (0, 1))
     # left [B, m, T] and right [B, T, n]: the gradient is left @ right, or its transpose
     g, a = left.mT, right
