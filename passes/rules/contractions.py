@@ -30,10 +30,13 @@ def contract(ctx: Context, node: fx.Node, equation: str, left: Any, right: Any) 
     found: tuple[str, Any] | None = None
     for type_, names in zip(types, letters, strict=True):
         if isinstance(type_, PerSample):
-            here = (names[type_.axis.dim], type_.axis.inner)
-            if found is not None and here != found and ctx.batch != 1:
-                return ctx.mixed(node, "a matrix product multiplies values of different samples with each other")
-            found = found or here
+            letter = names[type_.axis.dim]
+            if found is not None and ctx.batch != 1:
+                first, second = types[0], type_
+                assert isinstance(first, PerSample)
+                if letter != found[0] or not ctx.same_layout(left, first.axis, right, second.axis):
+                    return ctx.mixed(node, "a matrix product multiplies values of different samples with each other")
+            found = found or (letter, type_.axis.inner)
     if found is None:
         return Public(zero=is_zero(ctx, left) or is_zero(ctx, right), scale=scale)
     letter, inner = found

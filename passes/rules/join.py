@@ -40,20 +40,17 @@ def broadcast_axis(ctx: Context, arg: Any, type_: PerSample, rank: int) -> Axis:
 
 def common_axis(ctx: Context, node: fx.Node, args: Sequence[Any], rank: int) -> Axis | Mixed | None:
     """The axis on which all per-sample operands of an elementwise operation agree."""
-    found: Axis | None = None
+    found: tuple[Any, Axis, Axis] | None = None
     for arg in args:
         type_ = ctx.type(arg)
         if not isinstance(type_, PerSample):
             continue
         axis = broadcast_axis(ctx, arg, type_, rank)
-        if found is not None and axis != found and not _same_for_one_sample(ctx, axis, found):
+        if found is None or ctx.batch == 1:
+            found = found or (arg, type_.axis, axis)
+        elif axis.dim != found[2].dim or not ctx.same_layout(found[0], found[1], arg, type_.axis):
             return ctx.mixed(node, TWO_AXES)
-        found = found or axis
-    return found
-
-
-def _same_for_one_sample(ctx: Context, one: Axis, other: Axis) -> bool:
-    return ctx.batch == 1
+    return found[2] if found is not None else None
 
 
 def pointwise(ctx: Context, node: fx.Node, args: Iterable[Any]) -> SampleType:

@@ -31,7 +31,10 @@ def _argument(node: fx.Node, name: str, default: Any = None) -> Any:
 
 @rule(aten.sum, prims.sum)
 def sum_(ctx: Context, node: fx.Node) -> Result:
-    """The one reduction that is linear: over the sample axis it gives a ``SampleSum``."""
+    """The one reduction that is linear: over the sample axis it gives a ``SampleSum``.
+
+    A mean is not among them: replayed on one sample it would divide by another number.
+    """
     source = node.args[0]
     dims = _dims(ctx, node, _argument(node, "dim", _argument(node, "dims")))
     type_ = ctx.type(source)
@@ -43,7 +46,8 @@ def sum_(ctx: Context, node: fx.Node) -> Result:
 @rule(
     aten.amax, aten.amin, aten.prod, aten.any, aten.all, aten.argmax, aten.argmin, aten.median, aten.nanmedian, aten.mode,
     aten.var_mean.correction, aten.var.correction, aten.std.correction, aten.std_mean.correction, aten.logsumexp,
-    aten.linalg_vector_norm, aten.norm, aten.max.dim, aten.min.dim, aten.max.default, aten.min.default, aten.mean,
+    aten.linalg_vector_norm, aten.norm, aten.max.dim, aten.min.dim, aten.max.default, aten.min.default,
+    aten.mean,
     aten.kthvalue, aten.count_nonzero, prims.amax, prims.amin, prims.prod, prims.var,
 )  # fmt: skip
 def reduce(ctx: Context, node: fx.Node) -> Result:

@@ -20,7 +20,6 @@ from ..sample_types import (
     SampleSum,
     SampleType,
     Scale,
-    divides,
     expression,
     locate,
     product,
@@ -124,10 +123,15 @@ class Context:
             return None
         return locate(stride_of(axis, old), self.batch, new)
 
-    def aligned(self, axis: Axis, size_of_all: Sequence[Expr], dim: int) -> bool:
-        """Whether these positions along the sample dimension are whole periods of ``B * inner``."""
-        period = self.batch * axis.inner
-        return axis.dim == dim and all(position == 0 or divides(period, position) for position in size_of_all)
+    def same_layout(self, one: Any, first: Axis, other: Any, second: Axis) -> bool:
+        """Whether two dimensions that the operator requires to be of one size hold the samples in the same order.
+
+        Equal inner sizes or equal outer sizes prove it: what is left of the common size is the other one.
+        """
+        if first.inner == second.inner:
+            return True
+        outers = [quotient(self.shape(arg)[axis.dim], self.batch * axis.inner) for arg, axis in ((one, first), (other, second))]
+        return outers[0] == outers[1]
 
     # Batch-dependent scalars -----------------------------------------------------------------------------------------
 
