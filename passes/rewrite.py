@@ -219,8 +219,8 @@ def _factor_values(factor: Factor, values: Values, sizes: Sizes) -> Outer | Rows
     if is_convolution(factor):
         grad, source, weight = use.operation.args[:3]
         settings = [use.operation.args[i] for i in (4, 5, 6, 7)]
-        operands = (samples_first(values[leaf], use.axes[i], sizes) for i, leaf in enumerate((grad, source)))
-        return convolution_factors(*operands, values[weight].shape[2:], settings)
+        grads, sources = (samples_first(values[leaf], use.axes[i], sizes) for i, leaf in enumerate((grad, source)))
+        return convolution_factors(grads, sources, values[weight].shape[2:], settings)
     left, right = (samples_first(values[use.leaves[i]], use.axes[i], sizes) for i in (0, 1))
     # left [B, m, T] and right [B, T, n]: the gradient is left @ right, or its transpose
     g, a = left.mT, right
