@@ -137,7 +137,7 @@ def _spatial(ctx: Context, node: fx.Node, count: int, linear_in: int | None) -> 
     aten._upsample_nearest_exact2d.default, aten.upsample_bilinear2d.default, aten.upsample_bicubic2d.default,
     aten.upsample_linear1d.default, aten.upsample_trilinear3d.default, aten.reflection_pad1d.default,
     aten.reflection_pad2d.default, aten.reflection_pad3d.default, aten.replication_pad1d.default,
-    aten.replication_pad2d.default, aten.replication_pad3d.default, aten.pixel_shuffle, aten.pixel_unshuffle,
+    aten.replication_pad2d.default, aten.replication_pad3d.default,
     aten.upsample_nearest1d_backward.default, aten.upsample_nearest2d_backward.default, aten.upsample_nearest3d_backward.default,
     aten._upsample_nearest_exact2d_backward.default, aten.upsample_bilinear2d_backward.default,
     aten.upsample_bicubic2d_backward.default,
@@ -186,10 +186,26 @@ def columns(ctx: Context, node: fx.Node) -> Result:
     return independent(ctx, node, list(node.args[:1]), leading=1, linear_in=0)
 
 
+@rule(aten.pixel_shuffle, aten.pixel_unshuffle)
+def pixel_shuffle(ctx: Context, node: fx.Node) -> Result:
+    """Moves channels into space: only what comes before the channels is independent."""
+    return independent(ctx, node, list(node.args[:1]), leading=len(ctx.shape(node.args[0])) - 3, linear_in=0)
+
+
+def _of_one_rank(ctx: Context, node: fx.Node, tensors: list[Any]) -> Result | None:
+    """Operands of different rank would broadcast, and their leading dimensions mean different things."""
+    if len({len(ctx.shape(tensor)) for tensor in tensors}) == 1 or all(isinstance(ctx.type(t), Public) for t in tensors):
+        return None
+    mixed = ctx.first_mixed(tensors) or ctx.mixed(node, "its operands broadcast, so that their sample axes may not line up")
+    value = node.meta["val"]
+    return (mixed,) * len(value) if isinstance(value, (tuple, list)) else mixed
+
+
 @rule(aten._cdist_forward, aten._cdist_backward)
 def distances(ctx: Context, node: fx.Node) -> Result:
     tensors = [arg for arg in node.args if ctx.is_tensor(arg)]
-    return independent(ctx, node, tensors, leading=max(0, len(ctx.shape(tensors[0])) - 2), linear_in=None)
+    found = _of_one_rank(ctx, node, tensors)
+    return found or independent(ctx, node, tensors, leading=max(0, len(ctx.shape(tensors[0])) - 2), linear_in=None)
 
 
 @rule(aten._fft_r2c, aten._fft_c2r, aten._fft_c2c, aten.fft_fftshift, aten.fft_ifftshift)
@@ -205,7 +221,8 @@ def fourier(ctx: Context, node: fx.Node) -> Result:
 def matrices(ctx: Context, node: fx.Node) -> Result:
     tensors = [arg for arg in node.args if ctx.is_tensor(arg)]
     rank = len(ctx.shape(tensors[0]))
-    return independent(ctx, node, tensors, leading=rank - 2, linear_in=None)
+    found = _of_one_rank(ctx, node, tensors)
+    return found or independent(ctx, node, tensors, leading=rank - 2, linear_in=None)
 
 
 @rule(aten.native_layer_norm)

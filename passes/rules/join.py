@@ -38,8 +38,8 @@ def broadcast_axis(ctx: Context, arg: Any, type_: PerSample, rank: int) -> Axis:
     return Axis(type_.axis.dim + rank - len(ctx.shape(arg)), type_.axis.inner)
 
 
-def common_axis(ctx: Context, node: fx.Node, args: Sequence[Any], rank: int) -> Axis | Mixed | None:
-    """The axis on which all per-sample operands of an elementwise operation agree."""
+def common_axis(ctx: Context, node: fx.Node, args: Sequence[Any], rank: int, equal_sizes: bool = True) -> Axis | Mixed | None:
+    """The axis on which all per-sample operands agree; ``equal_sizes``: the operator requires them to be of one size there."""
     found: tuple[Any, Axis, Axis] | None = None
     for arg in args:
         type_ = ctx.type(arg)
@@ -48,7 +48,9 @@ def common_axis(ctx: Context, node: fx.Node, args: Sequence[Any], rank: int) -> 
         axis = broadcast_axis(ctx, arg, type_, rank)
         if found is None or ctx.batch == 1:
             found = found or (arg, type_.axis, axis)
-        elif axis.dim != found[2].dim or not ctx.same_layout(found[0], found[1], arg, type_.axis):
+        elif axis.dim != found[2].dim or not (
+            ctx.same_layout(found[0], found[1], arg, type_.axis) if equal_sizes else found[1].inner == type_.axis.inner
+        ):
             return ctx.mixed(node, TWO_AXES)
     return found[2] if found is not None else None
 
@@ -70,8 +72,8 @@ def pointwise(ctx: Context, node: fx.Node, args: Iterable[Any]) -> SampleType:
     return PerSample(axis) if axis is not None else PUBLIC
 
 
-def additive(ctx: Context, node: fx.Node, args: Sequence[Any]) -> SampleType:
-    """A sum, or a choice, of elementwise terms: linear in all of them together."""
+def additive(ctx: Context, node: fx.Node, args: Sequence[Any], equal_sizes: bool = False) -> SampleType:
+    """A sum, or a choice, of terms: linear in all of them together. ``equal_sizes``: as in ``common_axis``."""
     args = [arg for arg in args if not (isinstance(ctx.type(arg), Public) and is_zero(ctx, arg))]
     mixed = ctx.first_mixed(args)
     if mixed is not None:
@@ -90,7 +92,7 @@ def additive(ctx: Context, node: fx.Node, args: Sequence[Any]) -> SampleType:
         return ctx.mixed(node, SUM_TIMES_SAMPLE if any(isinstance(t, PerSample) for t in types) else PUBLIC_TERM)
     if any(isinstance(type_, Affine) for type_ in types):
         return ctx.mixed(node, NONLINEAR_SUM)
-    axis = common_axis(ctx, node, args, len(ctx.shape(node)))
+    axis = common_axis(ctx, node, args, len(ctx.shape(node)), equal_sizes)
     if isinstance(axis, Mixed):
         return axis
     if axis is None:

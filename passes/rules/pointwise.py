@@ -24,7 +24,7 @@ def elementwise(ctx: Context, node: fx.Node) -> Result:
 
 @rule(aten.add.Tensor, aten.sub.Tensor, aten.add.Scalar, aten.sub.Scalar, prims.add.default, prims.sub.default)
 def add(ctx: Context, node: fx.Node) -> Result:
-    return additive(ctx, node, node.args[:2])
+    return additive(ctx, node, node.args[:2], equal_sizes=True)
 
 
 @rule(aten.mul.Tensor, aten.mul.Scalar, prims.mul.default)
@@ -47,7 +47,7 @@ def reciprocal(ctx: Context, node: fx.Node) -> Result:
 @rule(aten.where.self)
 def where(ctx: Context, node: fx.Node) -> Result:
     condition, *values = node.args
-    chosen = additive(ctx, node, values)
+    chosen = additive(ctx, node, values, equal_sizes=True)
     if isinstance(chosen, Mixed) or isinstance(ctx.type(condition), Public):
         return chosen
     if isinstance(chosen, SampleSum):
