@@ -13,7 +13,22 @@ from .errors import BatchDimensionError, UnsupportedGraphError
 from .graph_spec import GraphSpec, InputSpec, Role
 from .rules import RULES, Context, Result
 from .rules.pointwise import elementwise
-from .sample_types import ANY_SCALE, PUBLIC, Axis, Expr, Mixed, PerSample, Public, SampleSum, SampleType, expression, known_scale
+from .sample_types import (
+    ANY_SCALE,
+    PUBLIC,
+    Axis,
+    Expr,
+    Mixed,
+    PerSample,
+    Public,
+    SampleSum,
+    SampleType,
+    Scale,
+    common_scale,
+    expression,
+    known_scale,
+    scale_product,
+)
 
 META_KEY = "sample_type"
 
@@ -43,9 +58,22 @@ def type_samples(graph: fx.Graph, spec: GraphSpec) -> Context:
 def _own(ctx: Context, node: fx.Node, found: Result) -> Result:
     """With one sample nothing can mix: whatever is not public is that sample's own, unless a batch-dependent number scales it."""
     fresh = any(isinstance(type_, Mixed) and type_.origin is node for type_ in (found if isinstance(found, tuple) else (found,)))
-    if not fresh or any(known_scale(ctx.type(arg).scale) for arg in node.all_input_nodes):
+    scales = [ctx.type(arg).scale for arg in node.all_input_nodes]
+    scale: Scale | None = ()
+    if fresh and any(known_scale(scale) for scale in scales):
+        scale = scale_product(*scales) if node.target in PRODUCTS else common_scale(scales) if node.target in SUMS else None
+    if not fresh or scale is None:
         return found
-    return (SampleSum(),) * len(found) if isinstance(found, tuple) else SampleSum()
+    return (SampleSum(scale),) * len(found) if isinstance(found, tuple) else SampleSum(scale)
+
+
+aten = torch.ops.aten
+PRODUCTS = {aten.mul.Tensor, aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default}
+SUMS = {
+    aten.add.Tensor, aten.sub.Tensor, aten.cat.default, aten.sum.default, aten.sum.dim_IntList, aten.neg.default,
+    aten.view.default, aten.permute.default, aten.expand.default, aten.slice.Tensor, aten.select.int, aten.unsqueeze.default,
+    aten.clone.default,
+}  # fmt: skip
 
 
 def _is_tangent(node: fx.Node) -> bool:
