@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import fx, nn
 
-from .backend import compile_private
+from .backend import break_reason, compile_private
 from .dump import plan_rows
 from .options import Options
 from .passes import _compat
@@ -25,6 +25,11 @@ from .passes.private_pass import Outcome
 LOSS_OUTSIDE = (
     "the loss is computed outside the compiled part, where nothing can check whether it mixes samples. "
     "Compile model and loss together: step = torch.compile(lambda x, y: loss_fn(model(x), y), backend='flashnorm', options=...)."
+)
+
+BREAK = (
+    "a graph break ends it, and under flat or automatic clipping a second graph with trainable parameters is refused when it "
+    "runs. The break:"
 )
 
 
@@ -46,6 +51,7 @@ class Report:
     replaced: list[str] = field(default_factory=list)
     refused: str | None = None
     loss_inside: bool = True
+    graph_break: str | None = None
 
     @property
     def sensitivity(self) -> str:
@@ -69,6 +75,7 @@ class Report:
             "replaced": self.replaced,
             "refused": self.refused,
             "loss_inside": self.loss_inside,
+            "graph_break": self.graph_break,
         }
 
     def __str__(self) -> str:
@@ -87,6 +94,8 @@ class Report:
         parts += ["bytes: moved to and from memory; held: until the clip factors are known"]
         parts += [f"clipping: {self.options.clipping}; {self.sensitivity}"]
         parts += [f"replaced: {text}" for text in self.replaced]
+        if self.graph_break is not None:
+            parts.append(f"only the first graph: {BREAK} {self.graph_break}")
         return parts if self.loss_inside else [*parts, f"not checked: {LOSS_OUTSIDE}"]
 
     def _table(self) -> Table:
@@ -157,12 +166,14 @@ def explain(model: Any, *inputs: Any, options: Mapping[str, Any] | None = None, 
         ValueError: nothing in the call trains a parameter.
     """
     parsed = Options.parse(options)
-    outcomes: list[tuple[Outcome, bool]] = []
+    outcomes: list[tuple[Outcome, bool, str | None]] = []
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        reason = break_reason(gm)
+
         def stop(stage: str, graph: fx.Graph, outcome: Outcome | None) -> None:
             if outcome is not None:
-                outcomes.append((outcome, _has_scalar_output(graph)))
+                outcomes.append((outcome, _has_scalar_output(graph), reason))
                 raise _Explained
 
         return compile_private(gm, example_inputs, parsed, inner_compile=_compat.run_graph, observers=(stop,), protect=False)
@@ -184,9 +195,9 @@ def explain(model: Any, *inputs: Any, options: Mapping[str, Any] | None = None, 
         return Report(parsed, refused=str(refusal))
     if not outcomes:
         raise ValueError("nothing to explain: the call captured no graph with a trainable parameter.")
-    outcome, inside = outcomes[0]
+    outcome, inside, reason = outcomes[0]
     replaced = [replacement.text for replacement in outcome.replacements]
-    return Report(parsed, str(outcome.batch), plan_rows(outcome), replaced, loss_inside=inside)
+    return Report(parsed, str(outcome.batch), plan_rows(outcome), replaced, loss_inside=inside, graph_break=reason)
 
 
 def _has_scalar_output(graph: fx.Graph) -> bool:

@@ -67,6 +67,18 @@ def test_report_of_a_refused_model() -> None:
     assert "BatchNorm1d" in report.to_dict()["refused"]
 
 
+def test_report_of_a_graph_break() -> None:
+    def broken(model: nn.Module, x: Tensor) -> Tensor:
+        hidden = model(x)
+        torch._dynamo.graph_break()
+        return hidden.square().mean()
+
+    model = nn.Linear(3, 2)
+    report = flashnorm_compile.explain(lambda x: broken(model, x), torch.randn(4, 3), options=OPTIONS)
+    assert "test_explain.py" in report.to_dict()["graph_break"]
+    assert "only the first graph" in str(report)
+
+
 def test_explaining_changes_nothing() -> None:
     """Neither compiled nor protected: an ordinary training step still works afterwards."""
     model = nn.Linear(3, 2)

@@ -44,6 +44,22 @@ def as_strided(ctx: Context, node: fx.Node) -> Result:
     return ctx.first_mixed([source]) or ctx.mixed(node, "it reads memory across dimensions")
 
 
+@rule(aten.as_strided_scatter)
+def as_strided_scatter(ctx: Context, node: fx.Node) -> Result:
+    """Known only where it overwrites the whole contiguous destination in order: then it is the second operand, reshaped."""
+    base, part = node.args[:2]
+    strides = [expression(stride.meta["val"] if isinstance(stride, fx.Node) else stride) for stride in node.args[3]]
+    shape = ctx.shape(part)
+    in_order = strides == [product(shape[dim + 1 :]) for dim in range(len(shape))]
+    whole = is_contiguous_or_false(base.meta["val"]) and product(shape) == product(ctx.shape(base))
+    offset = node.args[4] if len(node.args) > 4 else None
+    if in_order and whole and offset in (None, 0):
+        return ctx.view(ctx.type(part), node, shape, ctx.shape(node))
+    if isinstance(ctx.type(base), Public) and isinstance(ctx.type(part), Public):
+        return Public()
+    return ctx.first_mixed([base, part]) or ctx.mixed(node, "it writes memory across dimensions")
+
+
 def _renamed(ctx: Context, source: Any, new_dim: Any) -> Result:
     """The type after dimension ``d`` became ``new_dim(d)``."""
     type_ = ctx.type(source)
