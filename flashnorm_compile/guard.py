@@ -1,7 +1,6 @@
 """Fail closed: no optimizer step uses a gradient that was not clipped and noised for that step.
 
-Every gradient that a private graph releases is followed by its identity and version, from the graph's backward node
-into
+Every gradient that a private graph releases is followed by its identity and version, from the graph's backward node into
 ``p.grad`` and up to the optimizer:
 
     watch           the node's post hook notes which tensor is the release of which parameter
@@ -9,8 +8,7 @@ into
     _Record.after   the post-accumulate hook sees p.grad: is it what accumulating that release must have given?
     _check_step     the optimizer's pre-step hook: is p.grad still the tensor that was noted, noised, and unused?
 
-Anything that does not fit is remembered with a reason and refused at the step. Weak references identify tensors,
-because
+Anything that does not fit is remembered with a reason and refused at the step. Weak references identify tensors, because
 an address can be reused by another tensor; tensors are never kept alive, so gradients are still stolen, not copied.
 Not seen: writes through ``p.grad.data``, which have no version.
 """
@@ -34,23 +32,19 @@ from .state import is_exempt, name_of
 
 _OUTSIDE = (
     "it belongs to no private graph; compile the part of the model that uses it with backend='flashnorm', or, if it "
-    "may be "
-    "trained without protection, call privacy(model).exempt(parameter)"
+    "may be trained without protection, call privacy(model).exempt(parameter)"
 )
 _EAGER = (
     "its gradient did not come from a private graph (an eager fallback, a graph that failed to compile, a use "
-    "outside the "
-    "compiled part); run every use of it inside the compiled module"
+    "outside the compiled part); run every use of it inside the compiled module"
 )
 _MIXED = (
     "something was added to its private gradient during backward, or a hook changed it (a second use outside the "
-    "compiled "
-    "part, a weight tied across two parts); run every use of it inside one compiled part and remove the hook"
+    "compiled part, a weight tied across two parts); run every use of it inside one compiled part and remove the hook"
 )
 _WRITTEN = (
     "p.grad was written or changed outside backward (by hand, gradient clipping, loss scaling); samples are already "
-    "clipped, "
-    "so remove clip_grad_norm_ and the like (in transformers: TrainingArguments(max_grad_norm=0))"
+    "clipped, so remove clip_grad_norm_ and the like (in transformers: TrainingArguments(max_grad_norm=0))"
 )
 _NOISELESS = (
     "the last backward pass added no noise (inside accumulate(), or before accumulation_steps passes were complete); "
@@ -220,8 +214,7 @@ def _check_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
     if isinstance(optimizer, LBFGS) or not type(optimizer).__module__.startswith("torch.optim"):
         raise UnprotectedGradientError(
             f"{type(optimizer).__name__}.step(closure) holds private parameters. A closure hands the optimizer the "
-            "loss, "
-            "which is not private, and gradients that cannot be checked before they are used. "
+            "loss, which is not private, and gradients that cannot be checked before they are used. "
             "Call loss.backward() and then step() without a closure; LBFGS cannot be used."
         )
     checked = partial(_checked_closure, optimizer, closure)
