@@ -253,9 +253,9 @@ def _run(program: Program, clip_norm: float, run: Runner) -> Result | None:
 
 
 def _reject_if_pytorch_fails(program: Program) -> None:
-    """Capture itself has bugs: what plain PyTorch cannot run is nobody's fault here."""
+    """Capture itself has bugs: what plain PyTorch cannot run, with Inductor's decompositions, is nobody's fault here."""
     try:
-        unclipped(program, 1.0, make_inputs(program))
+        compiled_result(program, make_inputs(program), backend="aot_eager_decomp_partition")
     except Exception as error:
         raise Unsuitable("PyTorch cannot compile it either") from error
 
