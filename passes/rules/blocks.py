@@ -10,7 +10,7 @@ from torch._inductor import inductor_prims
 
 from ..sample_types import Axis, Mixed, PerSample, Public, SampleSum
 from .join import NONLINEAR_SCALE, NONLINEAR_SUM, TWO_AXES, along
-from .registry import Context, Result, rule
+from .registry import Context, Result, present, rule
 
 aten = torch.ops.aten
 
@@ -159,13 +159,14 @@ def resampling_backward(ctx: Context, node: fx.Node) -> Result:
 
 @rule(
     aten.max_pool2d_with_indices.default, aten.max_pool3d_with_indices.default, aten.adaptive_max_pool2d.default,
-    aten.adaptive_max_pool3d.default, inductor_prims._low_memory_max_pool_with_offsets,
+    aten.adaptive_max_pool3d.default,
+    *present(inductor_prims, "_low_memory_max_pool_with_offsets", "_low_memory_max_pool2d_with_offsets"),
 )  # fmt: skip
 def max_pool(ctx: Context, node: fx.Node) -> Result:
     return _spatial(ctx, node, 1, None)
 
 
-@rule(inductor_prims._low_memory_max_pool_offsets_to_indices)
+@rule(*present(inductor_prims, "_low_memory_max_pool_offsets_to_indices", "_low_memory_max_pool2d_offsets_to_indices"))
 def offsets_to_indices(ctx: Context, node: fx.Node) -> Result:
     return _spatial(ctx, node, 1, None)
 
