@@ -20,6 +20,7 @@ from .normalize_loss import Replacement, normalize_loss_pass
 from .plan import ParameterPlan, plan_gradients
 from .rewrite import rewrite_gradients
 from .rules import Context
+from .rules.registry import USER_RULES
 from .type_samples import annotate, batch_size, type_samples
 
 # Called with a stage ("before", "typed", "after"), the graph, and what is known by then.
@@ -76,8 +77,8 @@ class PrivateGradientsPass(CustomGraphPass):
             observer(stage, graph, outcome)
 
     def uuid(self) -> bytes:
-        """Covers our sources and everything that changes the rewritten graph, for Inductor's and AOTAutograd's caches."""
-        return hashlib.sha256(source_digest() + repr(self.spec).encode()).digest()
+        """Covers our sources, the spec and users' rules: all that changes the rewritten graph, for the compile caches."""
+        return hashlib.sha256(source_digest() + repr((self.spec, sorted(USER_RULES))).encode()).digest()
 
 
 def _empty_batch(graph: fx.Graph, spec: GraphSpec) -> list[ParameterGradient]:

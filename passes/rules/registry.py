@@ -30,6 +30,8 @@ from ..sample_types import (
 Result = SampleType | tuple[SampleType, ...]
 Rule = Callable[["Context", fx.Node], Result]
 RULES: dict[Any, Rule] = {}
+# What users registered, for the compile caches: a graph accepted under one rule must not be found under another.
+USER_RULES: list[str] = []
 
 
 def rule(*targets: Any) -> Callable[[Rule], Rule]:
@@ -238,9 +240,12 @@ def register_rule(target: Any, treatment: str | Rule) -> None:
 
     if callable(treatment):
         rule(target)(treatment)
-    elif treatment == "pointwise":
+        USER_RULES.append(f"{target} {treatment.__module__}.{treatment.__qualname__} {treatment.__code__.co_code.hex()}")
+        return
+    if treatment == "pointwise":
         rule(target)(elementwise)
     elif treatment == "batched":
         rule(target)(lambda ctx, node: independent(ctx, node, list(node.args), leading=1))
     else:
         raise ValueError(f'treatment must be "pointwise", "batched" or a function; got {treatment!r}')
+    USER_RULES.append(f"{target} {treatment}")
