@@ -23,6 +23,7 @@ from .match import gradient_outputs, write_operands
 from .plan import Factor, ParameterPlan, is_convolution
 from .replay import Sizes, Values, clipped_use, run_tail, samples_first, tail_per_sample
 from .rules import Context
+from .sample_types import expression
 from .type_samples import placeholder_specs
 
 aten = torch.ops.aten
@@ -166,7 +167,7 @@ class _Writer:
         else:
             parts = [clipped_use(use, values, factors, sizes) for use in gradient.uses]
             total = run_tail(gradient.tail, gradient.uses, parts, values, gradient.node, factors.sum() / sizes.batch, narrow=False)
-        total = _real(total.reshape(original.shape))
+        total = _real(total.reshape([sizes(expression(size)) for size in original.shape]))
         dtype = _real_dtype(original.dtype)
         cast = () if total.dtype == dtype else (dtype,)
         noised = torch.ops.flashnorm.add_noise(total, keys, std, gradient.row, *cast)
