@@ -33,7 +33,14 @@ class Sizes:
                 if isinstance(size, torch.SymInt):
                     self._symbols.setdefault(size.node.expr, size)
 
+    def known(self, expr: Expr) -> Expr:
+        """The expression with what the shape environment has learned since it was written down (``s0 == 2``, say)."""
+        if not isinstance(self.batch, torch.SymInt) or self.batch.node.shape_env is None:
+            return expr
+        return self.batch.node.shape_env.simplify(expr)
+
     def __call__(self, expr: Expr) -> Any:
+        expr = self.known(expr)
         if expr.is_Integer:
             return int(expr)
         if expr in self._symbols:
@@ -63,7 +70,7 @@ def samples_first(x: Tensor, axis: Axis, sizes: Sizes) -> Tensor:
 
 def _outer(x: Tensor, axis: Axis, sizes: Sizes) -> Any:
     size = x.shape[axis.dim]
-    return sizes(sympy.cancel(expression(size) / (expression(sizes.batch) * axis.inner)))
+    return sizes(sympy.cancel(expression(size) / (expression(sizes.batch) * sizes.known(axis.inner))))
 
 
 def along_axis(per_sample: Tensor, axis: Axis, x: Tensor, sizes: Sizes) -> Tensor:

@@ -728,6 +728,7 @@ def add_positions(b: Builder, v: Value) -> Value | None:
     dims = ((B,) if style == "expanded" else ()) + (length, width)
     table = b.weight(length + b.pick([0, 1]), width)
     found = b.emit("positions", [table], dims, length=length, style=style)
+    b.values.remove(found)  # rows of no sample: a program that joins them to the batch is refused
     return b.emit("add", [v, found] if b.chance(5) else [found, v], v.dims)
 
 
