@@ -21,7 +21,8 @@ from .plan import ParameterPlan, plan_gradients
 from .rewrite import rewrite_gradients
 from .rules import Context
 from .rules.registry import USER_RULES
-from .type_samples import annotate, batch_size, type_samples
+from .sample_types import Mixed
+from .type_samples import annotate, batch_size, fix_shared_batch_size, type_samples
 
 # Called with a stage ("before", "typed", "after"), the graph, and what is known by then.
 Observer = Callable[[str, fx.Graph, "Outcome | None"], None]
@@ -67,6 +68,8 @@ class PrivateGradientsPass(CustomGraphPass):
         with dynamo_timed("flashnorm.type_samples"):
             canonicalize_pass(graph)
             ctx = type_samples(graph, self.spec)
+            if _mixes(graph, self.spec, ctx) and fix_shared_batch_size(graph, self.spec):
+                ctx = type_samples(graph, self.spec)
             replacements = normalize_loss_pass(graph, self.spec, ctx)
             if replacements:
                 ctx = type_samples(graph, self.spec)
@@ -79,6 +82,10 @@ class PrivateGradientsPass(CustomGraphPass):
     def uuid(self) -> bytes:
         """Covers our sources, the spec and users' rules: all that changes the rewritten graph, for the compile caches."""
         return hashlib.sha256(source_digest() + repr((self.spec, sorted(USER_RULES))).encode()).digest()
+
+
+def _mixes(graph: fx.Graph, spec: GraphSpec, ctx: Context) -> bool:
+    return any(node is not None and isinstance(ctx.type(node), Mixed) for _, _, node in gradient_outputs(graph, spec))
 
 
 def _empty_batch(graph: fx.Graph, spec: GraphSpec) -> list[ParameterGradient]:

@@ -138,6 +138,28 @@ def batch_size(graph: fx.Graph, spec: GraphSpec) -> Expr:
     return next(iter(sizes))
 
 
+def fix_shared_batch_size(graph: fx.Graph, spec: GraphSpec) -> bool:
+    """Fixes a symbolic batch size to the traced one, by a guard, if another size of an input has the same symbol.
+
+    Dynamo gives sizes that were equal while it traced one symbol. Where a model then tells them apart (B samples of K = B
+    classes), nothing lines up for any other B; with the number in place of the symbol it does. The next batch size compiles anew
+    with symbols of their own. Returns whether anything was fixed.
+    """
+    shared = expression(batch_size(graph, spec))
+    found = [
+        size
+        for node in graph.find_nodes(op="placeholder")
+        if isinstance(node.meta.get("val"), torch.Tensor)
+        for size in node.meta["val"].shape
+        if isinstance(size, torch.SymInt) and expression(size) == shared and size.node.has_hint()
+    ]
+    private = sum(given.role is Role.PRIVATE for _, given in placeholder_specs(graph, spec))
+    if not shared.is_Symbol or len(found) <= private:
+        return False
+    int(found[0])
+    return True
+
+
 def _input_type(node: fx.Node, spec: GraphSpec) -> SampleType:
     desc = node.meta.get("desc")
     while isinstance(desc, aot.SubclassGetAttrAOTInput):

@@ -171,6 +171,27 @@ def test_equal_sizes_stay_apart_when_dynamic(backend: str) -> None:
     assert_agree(private_gradients(case, model, inputs, targets, options, backend, dynamic=True), want)
 
 
+def test_as_many_samples_as_classes_when_dynamic(backend: str) -> None:
+    """Tracing with B = K gives both sizes one symbol; the next batch size compiles once more, with symbols of its own."""
+    torch.manual_seed(0)
+    model = nn.Conv1d(1, 2, 1)
+    options = LOOSE | {"max_grad_norm": 1e6}
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
+
+    compiled = torch.compile(loss, backend=backend, options=options, dynamic=True)
+    for batch_size in (2, 3, 5):
+        x, y = torch.randn(batch_size, 1, 4), torch.randint(4, (batch_size, 2))
+        model.zero_grad()
+        loss(x, y).backward()
+        want = gradients_of(model)
+        model.zero_grad()
+        compiled(x, y).backward()
+        assert_agree(gradients_of(model), want)
+    assert graphs_so_far() <= 2
+
+
 def test_marked_dynamic(backend: str) -> None:
     case, model, _, _, options, _ = prepared("attention")
     compiled = torch.compile(model, backend=backend, options=options)

@@ -451,6 +451,15 @@ INDEPENDENT: dict[str, Program] = {
         dynamic=True,
         seed=7,
     ),
+    "as many samples as channels, dynamic": program(
+        2,
+        [Input("x", (B, 1, 5, 4)), Input("targets", (B, 2, 5), bound=3)],
+        [Param("w0", (4, 3)), Param("w1", (2, 1, 1, 1), layer=1)],
+        step("v0", "matmul", "x", "w0"),
+        step("v1", "conv", "v0", "w1", stride=1, padding=0, dilation=1, groups=1),
+        losses=(step("l0", "cross_entropy", "v1", "targets", style="flat", reduction="mean"),),
+        dynamic=True,
+    ),
     "an outer product of merged samples, dynamic": program(
         4,
         [Input("ids", (B, 2), bound=4)],
