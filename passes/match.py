@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import UnsupportedGraphError
 from .graph_spec import GraphSpec, InputSpec, Role
+from .mixing_paths import MixingPaths
 from .refusal import mixing_error
 from .rules import Context
 from .rules.contractions import EQUATIONS
@@ -75,6 +76,10 @@ def match_gradients(graph: fx.Graph, spec: GraphSpec, ctx: Context) -> list[Para
     found = [
         _gradient(ctx, name, rows[name], position, value, ctx.batch == 1) for position, name, value in gradient_outputs(graph, spec)
     ]
+    paths = MixingPaths(graph, ctx)
+    for gradient in found:
+        if gradient.node is not None and (mixed := paths.through(gradient.node)) is not None:
+            raise mixing_error(f"the gradient of {gradient.name!r}", mixed)
     _check_mutations(graph, spec, ctx)
     return found
 

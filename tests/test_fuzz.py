@@ -512,6 +512,18 @@ MIXING: dict[str, Program] = {
     "the first sample for all": _mixing(
         3, (B, 2), step("m", "one_for_all", "a", dim=0, which=0, effect="mixes"), step("n", "mul", "m", "a")
     ),
+    "the first sample added to all under a linear loss": program(
+        2,
+        [Input("x", (B,)), Input("pub", (2, 1))],
+        [Param("w0", (1,)), Param("w1", (2,), layer=1)],
+        step("v0", "mul", "x", "w0"),
+        step("v1", "one_for_all", "v0", dim=0, which=0, effect="mixes"),
+        step("v2", "cat", "v1", "v0", dim=0),
+        step("v3", "unsqueeze", "v2", dim=-1),
+        step("v4", "linear", "v3", "pub", "w1"),
+        losses=(step("l0", "loss_all", "v4", style="plain", reduction="sum"),),
+        loss_reduction="sum",
+    ),
     "a batch mean without its gradient": _mixing(4, (B, 2), step("m", "sub_mean_detached", "a", dim=0, effect="mixes")),
     "a comparison with the batch mean": _mixing(4, (B, 2), step("m", "above_mean", "a", dim=0, effect="mixes")),
     "the index of the largest sample": _mixing(
