@@ -12,7 +12,7 @@ ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint fuzz bench-cpu clean
+.PHONY: help demo test lint fuzz bench bench-cpu bench-cuda clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list.
@@ -34,6 +34,10 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev]'
 	@touch $@ $(VENV)/.demo
 
+$(VENV)/.bench: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
+	@touch $@
+
 demo: $(VENV)/.demo ## Train a small GPT with DP-SGD on the Python standard library (3 minutes).
 	$(BIN)/python -m examples.demo $(ARGS)
 
@@ -44,8 +48,14 @@ fuzz: $(VENV)/.dev ## Compare N (2000) random graphs with the per-sample oracle.
 	FLASHNORM_FUZZ_EXAMPLES=$(N) OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 \
 	    $(BIN)/python -m pytest -n $(JOBS) --timeout 0 tests/test_fuzz.py $(ARGS)
 
+bench: $(VENV)/.bench ## Measure against every peer on the CPU, small sizes (15 minutes), and judge everybody's soundness.
+	$(BIN)/python -m benchmarks run all --device cpu --minutes 14 $(ARGS)
+
 bench-cpu: $(VENV)/.dev ## Time a private training step against the compiled non-private one.
-	KINETO_LOG_LEVEL=6 TORCH_CPP_LOG_LEVEL=ERROR $(BIN)/python -m benchmarks.cpu $(ARGS)
+	$(BIN)/python -m benchmarks run core --repeats 20 --seconds 10 --contenders flashnorm $(ARGS)
+
+bench-cuda: $(VENV)/.bench ## Measure at the papers' sizes on a GPU (25 minutes); ARGS=--dry-run generates the code without one.
+	$(BIN)/python -m benchmarks run all --device cuda --minutes 24 $(ARGS)
 
 # The type checker reads a real installation, made from a wheel in .lint/site: an editable one hides the folders that
 # package-dir maps, and only a real one shows a package or a data file that pyproject.toml forgot.
