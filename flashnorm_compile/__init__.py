@@ -7,6 +7,8 @@ compilation fails with an error that names the reason.
 """
 
 from . import config
+from .accounting import Spent, calibrate, read_ledger
+from .data import PoissonSampler, private_dataloader
 from .explain import Report, explain
 from .options import Options
 from .passes.errors import (
@@ -29,15 +31,20 @@ __all__ = [
     "LossNormalizerWarning",
     "Options",
     "OptionsError",
+    "PoissonSampler",
     "PrivacyError",
     "PrivacyState",
     "Report",
     "SampleMixingError",
+    "Spent",
     "StepStatistics",
     "UnprotectedGradientError",
     "UnsupportedGraphError",
+    "calibrate",
     "config",
     "explain",
     "privacy",
+    "private_dataloader",
+    "read_ledger",
     "register_rule",
 ]

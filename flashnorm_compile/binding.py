@@ -125,7 +125,8 @@ class Binding:
         _admit(backward, self, places)
         state, options = places.state, self.options
         mean, batch, clip = options.loss_reduction == "mean", max(norms_sq.shape[0], 1), state.max_grad_norm
-        size = (options.expected_batch_size or batch * options.accumulation_steps) if mean else 1
+        expected = options.expected_batch_size or state.expected_batch_size
+        size = (expected or batch * options.accumulation_steps) if mean else 1
         number, noise_std = state.begin_release(backward, clip / size, places.rows)
         self.last_release = Release(state, backward, state.adds_noise)
         # Everything is in units of the contributions, which are 1/B of the gradients under "mean".

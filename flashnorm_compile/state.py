@@ -12,20 +12,21 @@ import itertools
 import os
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .accounting.account import Batch
+from .accounting.accounted import Accounted
 from .clipping import Layout, layout_for
 from .options import Options, real
 from .passes.errors import OptionsError, PrivacyError
 
 # What state_dict stores: public name -> attribute.
 _COUNTERS = {
-    "steps": "steps",
     "releases": "_releases",
     "micro_batches": "_micro_batches",
 }
@@ -48,16 +49,15 @@ class StepStatistics:
     """Samples that contributed nothing because a norm was not finite."""
 
 
-class PrivacyState:
-    """Privacy settings and counters shared by all compiled graphs over one set of parameters.
-
-    ``steps`` counts noised releases, several graphs in one backward pass together as one: what an accountant needs.
-    """
+class PrivacyState(Accounted):
+    """Privacy settings, counters and account shared by all compiled graphs over one set of parameters."""
 
     def __init__(self, declared: bool = False) -> None:
+        super().__init__()
         self.options: Options | None = None
         self.declared = declared
-        self.steps = 0
+        self.expected_batch_size: float | None = None
+        """L of the private data loader; the option of that name comes first."""
         self.names: list[str] = []
         self.revision = 0
         self._refs: list[weakref.ref[nn.Parameter]] = []
@@ -72,6 +72,7 @@ class PrivacyState:
         self._open_accumulations = 0
         self._backward = -1
         self._adds_noise = False
+        self._pass_noise = 0.0
         self._unnoised: dict[int, float] = {}
         self._statistics: tuple[Tensor, Tensor | float] | None = None
 
@@ -102,6 +103,36 @@ class PrivacyState:
                 f"Run one forward pass first, or set privacy(model).{name} = ..."
             )
         return float(getattr(self.options, name))
+
+    def spending_notes(self) -> tuple[str, list[str]]:
+        """For the statement: how records are clipped, and what the figures do not cover."""
+        clipping = "norm at most C for each record"
+        notes = []
+        if self.options is not None:
+            clipping = f"{self.options.clipping} clipping, {clipping}, now C = {self.max_grad_norm:g}"
+            if self.options.seed is not None:
+                notes.append(
+                    "The noise was made with a seed: who knows it can remove the noise, and the figures do not hold for them."
+                )
+        exempt = [name for name, parameter in zip(self.names, self._alive(), strict=True) if parameter in _exempt]
+        if exempt:
+            notes.append(f"Not covered: {len(exempt)} parameters that were exempted from protection, such as {exempt[0]}.")
+        return clipping, notes
+
+    @contextmanager
+    def using(self, batch: Batch) -> Iterator[None]:
+        """Backward passes inside use the samples of this physical batch; only the last of a logical batch adds noise.
+
+        ``private_dataloader`` does this around every batch that it hands out.
+        """
+        if batch.part == 0 and self.account.holds_sums and not any(p is not None and p.grad is not None for p in self._alive()):
+            self.account.drop_sums()  # zero_grad() was called instead of a last, noised pass
+            self._unnoised.clear()
+        with self.account.on(batch), nullcontext() if batch.is_last else self.accumulate():
+            yield
+
+    def _alive(self) -> Iterator[nn.Parameter | None]:
+        return (ref() for ref in self._refs)
 
     @property
     def last(self) -> StepStatistics | None:
@@ -148,18 +179,23 @@ class PrivacyState:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters and settings as plain values. The noise key is not among them: it must never be stored."""
+        """Counters, settings and account as plain values. The noise key is not among them: it must never be stored."""
         settings = {name: self._overrides.get(name, getattr(self.options, name, None)) for name in _SETTINGS}
-        return {**{name: getattr(self, attribute) for name, attribute in _COUNTERS.items()}, **settings}
+        counters = {name: getattr(self, attribute) for name, attribute in _COUNTERS.items()}
+        return {**counters, **settings, "account": self.account.history.to_plain()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores counters and settings. The noise after it is fresh, even with a seed: none is used twice."""
-        expected = {*_COUNTERS, *_SETTINGS}
+        """Restores counters, settings and account. The noise after it is fresh, even with a seed: none is used twice.
+
+        A ledger that is open stays the record: releases that were made after the checkpoint have been spent.
+        """
+        expected = {*_COUNTERS, *_SETTINGS, "account"}
         if set(state) != expected:
             raise OptionsError(
                 f"load_state_dict needs exactly the keys {sorted(expected)}; got {sorted(state)}. "
                 "Pass what privacy(model).state_dict() returned."
             )
+        self.account.restore(state["account"])
         for name, attribute in _COUNTERS.items():
             setattr(self, attribute, int(state[name]))
         for name in _SETTINGS:
@@ -247,11 +283,14 @@ class PrivacyState:
         if backward < 0 or backward != self._backward:
             self._backward = backward
             self._adds_noise = self._open_accumulations == 0 and self._count_micro_batch(self.options)
-            self.steps += self._adds_noise
+            self._pass_noise = self.noise_multiplier
+            self.account.count_pass(bool(self._unnoised))
+            if self._adds_noise:
+                self.account.release(self._pass_noise)
         if self._unnoised:
             sensitivity = max(sensitivity, *(self._unnoised.get(row, 0.0) for row in rows))
         if self._adds_noise:
-            return self._releases, self.noise_multiplier * sensitivity
+            return self._releases, self._pass_noise * sensitivity
         self._unnoised.update(dict.fromkeys(rows, sensitivity))
         return self._releases, 0.0
 
@@ -261,6 +300,11 @@ class PrivacyState:
             self._unnoised.pop(_owners[parameter][1], None)
 
     def _count_micro_batch(self, options: Options) -> bool:
+        if self.account.batch is not None and options.accumulation_steps != 1:
+            raise OptionsError(
+                f"accumulation_steps={options.accumulation_steps} with private_dataloader: the loader decides which backward "
+                "pass adds the noise. Leave accumulation_steps out."
+            )
         self._micro_batches += 1
         return self._micro_batches % options.accumulation_steps == 0
 
