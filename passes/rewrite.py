@@ -238,7 +238,9 @@ def _row_values(factor: Factor, values: Values, sizes: Sizes) -> Rows:
         axis = use.axes.get(position[id(node)])
         return value.unsqueeze(0).expand(sizes.batch, *value.shape) if axis is None else samples_first(value, axis, sizes)
 
+    count = sizes(expression(use.operation.meta["val"].shape[0]))
     ids, g = own(indices[0]), own(grads)
+    ids = torch.where(ids < 0, ids + count, ids)  # weight[-1] is the last row, and the norm has to add both names of it
     shape = torch.broadcast_shapes(ids.shape, g.shape[:-1])
     ids, g = ids.expand(shape), g.expand(*shape, g.shape[-1])
     if mask is not None:

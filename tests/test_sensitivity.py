@@ -207,3 +207,26 @@ def test_cancelling_tokens(build: type[nn.Module], algorithm: str, size: float, 
         compiled(x.contiguous(), w * torch.randn(8)).sum().backward()
         (gradient,) = gradients_of(model).values()
         assert gradient.norm().item() <= NORM * (1 + SLACK), f"relative gap {gap}"
+
+
+class Rowed(nn.Module):
+    """Rows of a table by number; Python's negative numbers count from its end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(6, 3))
+
+    def forward(self, ids: Tensor, weight: Tensor) -> Tensor:
+        return (self.table[ids] * weight).sum((1, 2))
+
+
+@pytest.mark.parametrize("algorithm", ["auto", "ghost", "materialize"])
+def test_two_names_of_one_row(algorithm: str, backend: str) -> None:
+    """Row 5 of 6 is row -1 too: its two gradients add before they are squared."""
+    model = Rowed()
+    options = {"max_grad_norm": NORM, "noise_multiplier": 0.0, "loss_reduction": "sum", "norm_algorithm": algorithm}
+    compiled = torch.compile(model, backend=backend, options=options)
+    ids, weight = torch.tensor([[5, -1, 2], [0, 1, 2]]), torch.ones(2, 3, 3)
+    weight[1] = 0
+    compiled(ids, weight).sum().backward()
+    assert norm(gradients_of(model)) == pytest.approx(NORM, rel=1e-4)
