@@ -52,7 +52,7 @@ def run_case(suite: str, case: Case, contenders: Sequence[Contender], settings: 
     for precision in case.precisions:
         if settings.device == "cpu" and precision == "tf32":
             continue
-        with _matmul_precision(precision):
+        with matmul_precision(precision):
             _Run(suite, case, precision, settings, report).measure(chosen)
 
 
@@ -173,7 +173,7 @@ class _Run:
 
 
 @contextlib.contextmanager
-def _matmul_precision(precision: str) -> Iterator[None]:
+def matmul_precision(precision: str) -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     # Every contender compiles the same code with other parameters, and none may fall back to eager for that.

@@ -16,7 +16,6 @@ from torch._functorch._aot_autograd import descriptors as aot
 from .rules import Context
 from .sample_types import Mixed, PerSample
 
-
 # A mean weighs all samples alike, so its backward gives each what a batch of it alone would.
 EVEN = {torch.ops.aten.mean.default, torch.ops.aten.mean.dim}
 

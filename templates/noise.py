@@ -20,7 +20,10 @@ cryptographic.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -28,7 +31,7 @@ from flashnorm_compile.templates._cpu import TYPE_CODES, noise_kernel
 from torch import Tensor
 from torch._inductor import ir
 from torch._inductor.fx_passes.reinplace import InplaceableOp, inplaceable_ops
-from torch._inductor.lowering import register_lowering
+from torch._inductor.lowering import empty, fallback_handler, register_lowering
 from torch._prims_common import is_contiguous_or_false
 
 _LOW = 0xFFFFFFFF
@@ -76,7 +79,8 @@ def reference_normals(key_stream: Tensor, start: int, stop: int) -> Tensor:
     return z[offset : offset + stop - start]
 
 
-def _check(value: Tensor, keys: Tensor, std: Tensor, row: int) -> None:
+def check_arguments(value: Tensor, keys: Tensor, std: Tensor, row: int) -> None:
+    """Refuses what ``flashnorm::add_noise`` cannot take, with a TypeError or a ValueError that says why."""
     if not value.dtype.is_floating_point:
         raise TypeError(
             f"flashnorm::add_noise got a value of dtype {value.dtype}; it needs a real floating-point one. "
@@ -93,7 +97,7 @@ def _check(value: Tensor, keys: Tensor, std: Tensor, row: int) -> None:
 
 def reference_add_noise(value: Tensor, keys: Tensor, std: Tensor, row: int, dtype: torch.dtype | None = None) -> Tensor:
     """``flashnorm::add_noise`` in plain PyTorch, for every device. Never waits for the device."""
-    _check(value, keys, std, row)
+    check_arguments(value, keys, std, row)
     flat = value.reshape(-1)
     out = torch.empty(flat.shape, dtype=dtype or value.dtype, device=value.device)
     accumulator = torch.promote_types(value.dtype, torch.float32)
@@ -103,6 +107,14 @@ def reference_add_noise(value: Tensor, keys: Tensor, std: Tensor, row: int, dtyp
         noisy = part.to(accumulator) + std * z.to(accumulator)
         out[start : start + _REFERENCE_CHUNK] = torch.where(std == 0, part.to(accumulator), noisy)
     return out.view(value.shape)
+
+
+@functools.cache
+def triton_kernels() -> ModuleType | None:
+    """noise_triton.py, or None without Triton: a CPU build of PyTorch does not come with it."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module("flashnorm_compile.templates.noise_triton")
 
 
 def _launch(out: Tensor, value: Tensor, keys: Tensor, std: float, row: int) -> None:
@@ -115,7 +127,7 @@ def _launch(out: Tensor, value: Tensor, keys: Tensor, std: float, row: int) -> N
 
 
 def _add_noise_cpu(value: Tensor, keys: Tensor, std: Tensor, row: int, dtype: torch.dtype | None = None) -> Tensor:
-    _check(value, keys, std, row)
+    check_arguments(value, keys, std, row)
     dtype = dtype or value.dtype
     scale = std.item()
     if scale == 0:
@@ -130,7 +142,7 @@ def _add_noise_cpu(value: Tensor, keys: Tensor, std: Tensor, row: int, dtype: to
 
 
 def _add_noise_cpu_(value: Tensor, keys: Tensor, std: Tensor, row: int) -> Tensor:
-    _check(value, keys, std, row)
+    check_arguments(value, keys, std, row)
     scale = std.item()
     if scale == 0:
         return value
@@ -144,18 +156,34 @@ def _reference_add_noise_(value: Tensor, keys: Tensor, std: Tensor, row: int) ->
     return value.copy_(reference_add_noise(value, keys, std, row))
 
 
+def _add_noise_cuda(value: Tensor, keys: Tensor, std: Tensor, row: int, dtype: torch.dtype | None = None) -> Tensor:
+    check_arguments(value, keys, std, row)
+    kernels = triton_kernels()
+    return kernels.add_noise_triton(value, keys, std, row, dtype) if kernels else reference_add_noise(value, keys, std, row, dtype)
+
+
+def _add_noise_cuda_(value: Tensor, keys: Tensor, std: Tensor, row: int) -> Tensor:
+    check_arguments(value, keys, std, row)
+    kernels = triton_kernels()
+    return kernels.add_noise_triton_(value, keys, std, row) if kernels else _reference_add_noise_(value, keys, std, row)
+
+
+def _add_noise_into_cuda(value: Tensor, keys: Tensor, std: Tensor, row: int) -> None:
+    _add_noise_cuda_(value, keys, std, row)
+
+
 def _fake_add_noise(value: Tensor, keys: Tensor, std: Tensor, row: int, dtype: torch.dtype | None = None) -> Tensor:
-    _check(value, keys, std, row)
+    check_arguments(value, keys, std, row)
     return value.new_empty(value.shape, dtype=dtype or value.dtype)
 
 
 def _fake_add_noise_(value: Tensor, keys: Tensor, std: Tensor, row: int) -> Tensor:
-    _check(value, keys, std, row)
+    check_arguments(value, keys, std, row)
     return value
 
 
 def _fake_add_noise_into(value: Tensor, keys: Tensor, std: Tensor, row: int) -> None:
-    _check(value, keys, std, row)
+    check_arguments(value, keys, std, row)
 
 
 def _add_noise_into_cpu(value: Tensor, keys: Tensor, std: Tensor, row: int) -> None:
@@ -175,6 +203,9 @@ _library.define("_add_noise_into(Tensor(a!) value, Tensor keys, Tensor std, int 
 _library.impl("add_noise", _add_noise_cpu, "CPU")
 _library.impl("add_noise_", _add_noise_cpu_, "CPU")
 _library.impl("_add_noise_into", _add_noise_into_cpu, "CPU")
+_library.impl("add_noise", _add_noise_cuda, "CUDA")
+_library.impl("add_noise_", _add_noise_cuda_, "CUDA")
+_library.impl("_add_noise_into", _add_noise_into_cuda, "CUDA")
 _library.impl("add_noise", reference_add_noise, "CompositeExplicitAutograd")
 _library.impl("add_noise_", _reference_add_noise_, "CompositeExplicitAutograd")
 _library.impl("_add_noise_into", _reference_add_noise_into, "CompositeExplicitAutograd")
@@ -199,12 +230,33 @@ def _lower_in_place(value: Any, keys: Any, std: Any, row: int) -> Any:
     Where Inductor laid the buffer out so that no strides express the view ``value``, it copies. The copy then takes the
     noise, so later reads must see the copy: returning ``value`` would drop the noise without a word.
     """
+    kernels = triton_kernels() if value.get_device().type == "cuda" else None
+    if kernels:
+        noised = ir.ExternKernel.require_contiguous(value)
+        kernels.lower_add_noise(noised, noised, keys, std, row)
+        return noised
     noised = ir.ExternKernel.realize_input(value)
     noised = noised if isinstance(noised, ir.TensorBox) else ir.TensorBox(noised)
     ir.FallbackKernel.create(_ops._add_noise_into.default, noised, keys, std, row)
     return noised
 
 
+_add_noise_by_call = fallback_handler(_ops.add_noise.default, add_to_fallback_set=False)
+
+
+def _lower(value: Any, keys: Any, std: Any, row: int, dtype: torch.dtype | None = None) -> Any:
+    """Where ``value`` lives on: a result of its own."""
+    kernels = triton_kernels() if value.get_device().type == "cuda" else None
+    if not kernels:
+        return _add_noise_by_call(value, keys, std, row, dtype)
+    value = ir.ExternKernel.require_contiguous(value)
+    out = empty(value.get_size(), dtype=dtype or value.get_dtype(), device=value.get_device())
+    out.realize()
+    kernels.lower_add_noise(out, value, keys, std, row)
+    return out
+
+
 # Inductor's reinplacing pass turns add_noise into add_noise_ where nothing else needs the value afterwards.
 inplaceable_ops[_ops.add_noise.default] = InplaceableOp(_ops.add_noise_.default, 0, extra_check=_may_work_in_place)
 register_lowering(_ops.add_noise_.default, type_promotion_kind=None)(_lower_in_place)
+register_lowering(_ops.add_noise.default, type_promotion_kind=None)(_lower)

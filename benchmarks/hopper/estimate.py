@@ -1,0 +1,90 @@
+"""Bytes, FLOPs and time of generated code: a roofline over the kernels that Inductor scheduled.
+
+Bytes are Inductor's own count: what each kernel reads and writes of buffers that leave it. The time of a kernel is the longer of
+its arithmetic and its traffic, plus its launch (Williams et al. 2009, "Roofline"), at the rates in
+`flashnorm_compile.passes.peaks`, which cites the datasheets and the share of them that well-tuned kernels reach.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from flashnorm_compile.passes.peaks import DATASHEETS, Peaks
+from torch import fx
+from torch._inductor.scheduler import NopKernelSchedulerNode
+from torch.utils import _pytree as pytree
+
+from benchmarks.hopper.flops import flops_of, product_dtype
+
+
+@dataclass(frozen=True)
+class Work:
+    """One kernel or library call. `dtype` is that of a product's operands."""
+
+    name: str
+    nbytes: int
+    flops: int
+    dtype: torch.dtype
+    is_library: bool = False
+
+    def seconds(self, peaks: Peaks) -> float:
+        """Its roofline time, with float32 products at the matmul precision that is set now."""
+        return roofline(peaks, self.flops, self.nbytes, self.dtype)
+
+
+def peaks_named(name: str) -> Peaks:
+    """Rates of the first datasheet whose device is part of `name`."""
+    return next(peaks for peaks in DATASHEETS if peaks.name in name)
+
+
+def roofline(peaks: Peaks, flops: float, nbytes: float, dtype: torch.dtype) -> float:
+    """Seconds of one kernel."""
+    return max(flops / peaks.flops(dtype), nbytes / peaks.bandwidth) + peaks.launch
+
+
+def scheduled_work(lowering: Any) -> list[Work]:
+    """The kernels of a graph whose code was generated (a GraphLowering).
+
+    A product belongs to the library call or template that computes it, or to the first kernel that it was fused into.
+    """
+    kernels = [node for node in lowering.scheduler.nodes if not isinstance(node, NopKernelSchedulerNode)]
+    origins = [_origins(node) for node in kernels]
+    computes = [node.is_extern() or node.is_template() for node in kernels]
+    flops, dtypes = [0] * len(kernels), [torch.float32] * len(kernels)
+    left_over: list[Work] = []
+    for node in lowering.module.graph.nodes:
+        count, dtype = node_flops(node)
+        if not count:
+            continue
+        places = [i for i in range(len(kernels)) if node in origins[i]]
+        if not places:
+            left_over.append(Work(node.name, 0, count, dtype))
+            continue
+        place = next((i for i in places if computes[i]), places[0])
+        flops[place] += count
+        dtypes[place] = dtype
+    found = [
+        Work(_name(node), int(node.get_read_write_buffers_sizes()), count, dtype, node.is_extern())
+        for node, count, dtype in zip(kernels, flops, dtypes, strict=True)
+    ]
+    return found + left_over
+
+
+def node_flops(node: fx.Node) -> tuple[int, torch.dtype]:
+    """FLOPs of a node of an FX graph whose values are in its meta, and the type of its operands."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return 0, torch.float32
+    args, kwargs = pytree.tree_map_only(fx.Node, lambda n: n.meta.get("val"), (node.args, node.kwargs))
+    return flops_of(node.target, args, kwargs, node.meta.get("val")), product_dtype(args)
+
+
+def _origins(node: Any) -> set[fx.Node]:
+    return {origin for part in node.get_nodes() if part.node is not None for origin in part.node.get_origins()}
+
+
+def _name(node: Any) -> str:
+    inner = node.node if node.is_extern() else None
+    called = getattr(inner, "python_kernel_name", None) or getattr(inner, "op_overload", None)
+    return f"{node.get_name()}: {called}" if called else node.get_name()

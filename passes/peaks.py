@@ -1,0 +1,141 @@
+"""How fast a device computes and moves data: what the planner divides FLOPs and bytes by.
+
+Known GPUs come from their makers' datasheets. Everything else is measured once and kept in a file, so that every process on
+a machine plans alike.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Shares of the datasheet's figures that well-tuned kernels reach.
+ATTAINED_FLOPS, ATTAINED_BANDWIDTH = 0.7, 0.85
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Floating-point operations per second of matrix products by input type, bytes per second of memory, seconds per kernel.
+
+    ``flops_float32`` is for IEEE float32; ``flops_tf32`` counts where the user's matmul precision allows it.
+    """
+
+    name: str
+    flops_half: float
+    flops_tf32: float
+    flops_float32: float
+    flops_float64: float
+    bandwidth: float
+    launch: float
+    source: str
+
+    def flops(self, dtype: torch.dtype) -> float:
+        """Operations per second for matrix products of this type under the user's matmul precision."""
+        if dtype == torch.float64 or dtype.is_complex:
+            return self.flops_float64
+        if dtype.itemsize <= 2:
+            return self.flops_half
+        return self.flops_float32 if torch.get_float32_matmul_precision() == "highest" else self.flops_tf32
+
+    def rounded(self) -> Peaks:
+        """Two significant digits: small differences between measurements are not differences between machines."""
+        numbers = {name: float(f"{value:.1e}") for name, value in asdict(self).items() if isinstance(value, float)}
+        return Peaks(name=self.name, source=self.source, **numbers)
+
+
+def _gpu(name: str, half: float, tf32: float, float32: float, float64: float, bandwidth: float, source: str) -> Peaks:
+    """From dense (not sparse) TFLOP/s and TB/s."""
+    flops = [1e12 * ATTAINED_FLOPS * value for value in (half, tf32, float32, float64)]
+    return Peaks(name, *flops, 1e12 * ATTAINED_BANDWIDTH * bandwidth, 3e-6, source)
+
+
+# The first entry whose name is part of the device's name counts.
+DATASHEETS = (
+    _gpu("H200", 989, 494, 67, 67, 4.8, "NVIDIA H200 Tensor Core GPU datasheet (SXM)"),
+    _gpu("H100 PCIe", 756, 378, 51, 51, 2.0, "NVIDIA H100 Tensor Core GPU datasheet (PCIe)"),
+    _gpu("H100", 989, 494, 67, 67, 3.35, "NVIDIA H100 Tensor Core GPU datasheet (SXM)"),
+    _gpu("A100-SXM4-40GB", 312, 156, 19.5, 19.5, 1.555, "NVIDIA A100 Tensor Core GPU datasheet (40 GB)"),
+    _gpu("A100", 312, 156, 19.5, 19.5, 2.039, "NVIDIA A100 Tensor Core GPU datasheet (80 GB SXM)"),
+    _gpu("L40S", 362, 183, 91.6, 1.4, 0.864, "NVIDIA L40S datasheet"),
+)
+
+
+@cache
+def peaks_of(device: torch.device) -> Peaks:
+    """The figures for a device: from a datasheet, or measured on it (a fraction of a second, once on a machine)."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_processor()}, {torch.get_num_threads()} threads"
+    known = next((peaks for peaks in DATASHEETS if device.type == "cuda" and peaks.name in name), None)
+    return known or _kept(name, device)
+
+
+def _kept(name: str, device: torch.device) -> Peaks:
+    path = Path(_folder()) / f"peaks_{''.join(c if c.isalnum() else '_' for c in name)}_{torch.__version__.split('+')[0]}.json"
+    try:
+        return Peaks(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        peaks = _measured(name, device).rounded()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(asdict(peaks)))
+        partial.replace(path)
+    except OSError:
+        pass  # a read-only home: measured again next time
+    return peaks
+
+
+def _folder() -> str:
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return str(Path(base) / "flashnorm_compile")
+
+
+def _measured(name: str, device: torch.device) -> Peaks:
+    def product(dtype: torch.dtype) -> float:
+        n = 384 if device.type == "cpu" else 4096
+        left, right = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        return 2 * n**3 / _seconds(lambda: left @ right, device)
+
+    x = torch.randn(2**24 if device.type == "cpu" else 2**28, device=device)
+    out = torch.empty_like(x)
+    bandwidth = 2 * x.nbytes / _seconds(lambda: torch.mul(x, 2.0, out=out), device)
+    small = torch.zeros(8, device=device)
+    launch = _seconds(lambda: small.add_(1.0), device)
+    float32 = product(torch.float32)
+    half = product(torch.bfloat16) if device.type == "cuda" else float32
+    return Peaks(name, half, float32, float32, product(torch.float64), bandwidth, launch, "measured")
+
+
+def _seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """The lower quartile of many short calls: what other work on the machine slows down tells nothing about it, and neither
+    does a clock that once read short."""
+    taken = []
+    for _ in range(40):
+        _wait(device)
+        start = time.perf_counter()
+        call()
+        _wait(device)
+        taken.append(time.perf_counter() - start)
+    return sorted(taken)[len(taken) // 4]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    found = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(found, platform.processor() or platform.machine())

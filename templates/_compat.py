@@ -1,0 +1,26 @@
+"""What differs between torch 2.11 and 2.15 in the parts of Inductor that lowerings use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch._inductor.codegen.common import WorkspaceArg, WorkspaceZeroMode
+from torch._inductor.select_algorithm import autotune_select_algorithm
+
+
+def select_choice(name: str, choices: list[Any], inputs: Sequence[Any], layout: Any) -> Any:
+    """The node of the chosen kernel. Newer versions return the choice beside it."""
+    found = autotune_select_algorithm(name, choices, list(inputs), layout)
+    return found[0] if isinstance(found, tuple) else found
+
+
+def zeroed_workspace(words: Any, device: Any, dtype: Any) -> WorkspaceArg:
+    """``words`` elements that are zero when the kernel starts; the template sees them as ``ws_ptr``."""
+    return WorkspaceArg(
+        count=words,
+        zero_mode=WorkspaceZeroMode.ZERO_ON_CALL,
+        device=device,
+        outer_name=WorkspaceArg.unique_name(),
+        dtype=dtype,
+    )

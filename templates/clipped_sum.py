@@ -1,0 +1,320 @@
+"""``flashnorm::clipped_sum``: the sum of all samples' gradients, each times its clip factor; no scaled copy of G exists.
+
+    flashnorm::clipped_sum(Tensor g_btp, Tensor a_btd, Tensor factors_b, ScalarType? dtype=None) -> Tensor
+
+    g_btp      [B, T, p]  bf16, fp16 or fp32 (fp64 on a CPU), any strides
+    a_btd      [B, T, d]  the same dtype, any strides
+    factors_b  [B]        float32; a sample with factor 0.0 adds exactly 0, whatever it holds (NaN and Inf too)
+    returns    [p, d]     ``sum_b c_b G_b^T A_b`` in ``dtype``, by default float32 (float64 for float64); 0 where B or T is 0
+
+Kernel. One GEMM over B * T. A step multiplies BLOCK_T positions of *one* sample; at a sample's last step its product is scaled in
+float32, added to the tile's total, and started again from zero. Scaling here, and not an operand before it is multiplied, costs one
+multiply-add for each element of the tile and sample, and buys three things: operands go from TMA to the tensor cores untouched; a
+clipped contribution is not rounded to the operands' 16 bits after the norm was taken, which would let it exceed the clip norm by
+2^-9; and a dropped sample needs one select. Steps of all samples form one loop, so that loads run ahead across samples.
+
+Few positions (T <= FEW_POSITIONS, ROWS): a step would be mostly empty. Steps then take BLOCK_T rows of B * T, whatever their
+samples; G's rows are scaled in registers and multiplied as tf32x3, which keeps 21 bits of them.
+
+Split. Where the tiles leave multiprocessors idle, the steps are cut into S segments, each with a partial sum of its own in
+[S, p, d], which are added in their order: for a given shape the result is deterministic. Costs 8 * S * p * d bytes and a launch.
+Tiles and S minimize ``Choice.clocks``; its constants are counted from published peaks, nothing was measured.
+
+Legend: B samples, T positions, p rows and d columns of the weight, S segments of the steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._inductor.lowering import lowerings
+from torch._inductor.select_algorithm import SymbolicGridFn
+
+from . import _lowering as lowering
+from ._clip_factor import check_factors
+from ._clipped_tiles import Tiles, tile_choices
+from ._store import store_tile
+from ._triton import (
+    HAS_TRITON,
+    KERNEL_DTYPES,
+    POINTERS,
+    allocate_descriptors,
+    ceil_div,
+    check_lengths,
+    check_operands,
+    device_for,
+    jit,
+    load_tile,
+    matmul_precision,
+    open_operand,
+    tl,
+)
+
+aten = torch.ops.aten
+_CPU_CHUNK = 1 << 24  # elements of each operand that the ATen form copies at a time
+
+
+@jit
+def clipped_sum_tile(
+    item: tl.tensor,
+    g: tl.tensor,
+    a: tl.tensor,
+    factors_ptr: tl.tensor,
+    batch: tl.tensor,
+    length: tl.tensor,
+    p: tl.tensor,
+    d: tl.tensor,
+    g_stride_b: tl.tensor,
+    g_stride_t: tl.tensor,
+    g_stride_w: tl.tensor,
+    a_stride_b: tl.tensor,
+    a_stride_t: tl.tensor,
+    a_stride_w: tl.tensor,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    G_LAYOUT: tl.constexpr,
+    A_LAYOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> tl.tensor:
+    """(segment, first row, first column, total) of one item. Items are ordered [S, tiles]: those that run together share positions.
+
+    ``total``: float32 [BLOCK_P, BLOCK_D], the segment's share of the sum.
+    """
+    tiles_p = tl.cdiv(p, BLOCK_P)
+    tiles = tiles_p * tl.cdiv(d, BLOCK_D)
+    segment = item // tiles
+    column_p = (item % tiles % tiles_p) * BLOCK_P
+    column_d = (item % tiles // tiles_p) * BLOCK_D
+    total = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
+    if ROWS:
+        rows_in_all = batch * length
+        each = tl.cdiv(tl.cdiv(rows_in_all, BLOCK_T), SPLIT) * BLOCK_T
+        for first_row in tl.range(segment * each, tl.minimum(segment * each + each, rows_in_all), BLOCK_T):
+            row = first_row + tl.arange(0, BLOCK_T)
+            sample, position = (row // length).to(tl.int64), (row % length).to(tl.int64)
+            factor = tl.load(factors_ptr + sample, mask=row < rows_in_all, other=0.0)
+            live = (factor != 0)[:, None]
+            columns_p = column_p + tl.arange(0, BLOCK_P).to(tl.int64)[None, :]
+            columns_d = column_d + tl.arange(0, BLOCK_D).to(tl.int64)[None, :]
+            g_at = g + sample[:, None] * g_stride_b + position[:, None] * g_stride_t + columns_p * g_stride_w
+            a_at = a + sample[:, None] * a_stride_b + position[:, None] * a_stride_t + columns_d * a_stride_w
+            # A dropped sample's rows are not read at all.
+            g_tile = tl.load(g_at, mask=live & (columns_p < p), other=0.0).to(tl.float32) * factor[:, None]
+            a_tile = tl.load(a_at, mask=live & (columns_d < d), other=0.0).to(tl.float32)
+            total = tl.dot(g_tile.trans(), a_tile, total, input_precision=PRECISION)
+    else:
+        blocks = tl.cdiv(length, BLOCK_T)
+        steps = batch * blocks
+        each = tl.cdiv(steps, SPLIT)
+        last = tl.minimum(segment * each + each, steps) - 1
+        product = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
+        for step in tl.range(segment * each, last + 1):
+            b = step // blocks
+            t = (step % blocks) * BLOCK_T
+            # [BLOCK_T, BLOCK_P] and [BLOCK_T, BLOCK_D]
+            g_tile = load_tile(g, b, t, column_p, length, p, g_stride_b, g_stride_t, g_stride_w, BLOCK_T, BLOCK_P, G_LAYOUT)
+            a_tile = load_tile(a, b, t, column_d, length, d, a_stride_b, a_stride_t, a_stride_w, BLOCK_T, BLOCK_D, A_LAYOUT)
+            product = tl.dot(g_tile.trans(), a_tile, product, input_precision=PRECISION)
+            if (t + BLOCK_T >= length) | (step == last):
+                factor = tl.load(factors_ptr + b)
+                total += tl.where(factor != 0, product * factor, 0.0)
+                product = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
+    return segment, column_p, column_d, total
+
+
+@jit
+def clipped_sum_kernel(
+    g_ptr: tl.tensor,
+    a_ptr: tl.tensor,
+    factors_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    batch: tl.tensor,
+    length: tl.tensor,
+    p: tl.tensor,
+    d: tl.tensor,
+    g_stride_b: tl.tensor,
+    g_stride_t: tl.tensor,
+    g_stride_w: tl.tensor,
+    a_stride_b: tl.tensor,
+    a_stride_t: tl.tensor,
+    a_stride_w: tl.tensor,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    G_LAYOUT: tl.constexpr,
+    A_LAYOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:
+    """Writes ``out`` [S, p, d], contiguous."""
+    g = open_operand(g_ptr, batch, length, p, g_stride_b, g_stride_t, g_stride_w, BLOCK_T, BLOCK_P, G_LAYOUT)
+    a = open_operand(a_ptr, batch, length, d, a_stride_b, a_stride_t, a_stride_w, BLOCK_T, BLOCK_D, A_LAYOUT)
+    segment, column_p, column_d, total = clipped_sum_tile(
+        tl.program_id(0), g, a, factors_ptr, batch, length, p, d,
+        g_stride_b, g_stride_t, g_stride_w, a_stride_b, a_stride_t, a_stride_w,
+        BLOCK_P, BLOCK_D, BLOCK_T, SPLIT, ROWS, G_LAYOUT, A_LAYOUT, PRECISION,
+    )  # fmt: skip
+    store_tile(out_ptr, segment, column_p, column_d, total, p, d)
+
+
+_TEMPLATE = """
+from flashnorm_compile.templates.clipped_sum import clipped_sum_tile
+from flashnorm_compile.templates._triton import open_operand
+{{def_kernel("G", "A", "FACTORS")}}
+    batch = {{size("G", 0)}}
+    length = {{size("G", 1)}}
+    p = {{size("G", 2)}}
+    d = {{size("A", 2)}}
+    g = open_operand(G, batch, length, p, {{stride("G")}}, BLOCK_T, BLOCK_P, G_LAYOUT)
+    a = open_operand(A, batch, length, d, {{stride("A")}}, BLOCK_T, BLOCK_D, A_LAYOUT)
+    idx_s, column_p, column_d, total = clipped_sum_tile(
+        tl.program_id(0), g, a, FACTORS, batch, length, p, d, {{stride("G")}}, {{stride("A")}},
+        BLOCK_P, BLOCK_D, BLOCK_T, SPLIT, ROWS, G_LAYOUT, A_LAYOUT, PRECISION)
+    idx_p = column_p + tl.arange(0, BLOCK_P)[:, None]
+    idx_d = column_d + tl.arange(0, BLOCK_D)[None, :]
+    inside = (idx_p < p) & (idx_d < d)
+    {{store_output(("idx_s", "idx_p", "idx_d"), "total", "inside", indent_width=4, val_shape=("BLOCK_P", "BLOCK_D"))}}
+"""
+
+
+def _settings(tiles: Tiles, dtype: torch.dtype, layouts: Sequence[int], precision: str) -> dict[str, Any]:
+    """The kernel's constants that do not belong to the tile."""
+    g_layout, a_layout = (POINTERS, POINTERS) if tiles.ROWS else layouts
+    return {"G_LAYOUT": g_layout, "A_LAYOUT": a_layout, "PRECISION": "tf32x3" if tiles.ROWS and dtype.itemsize == 2 else precision}
+
+
+def launch(g_btp: Tensor, a_btd: Tensor, factors_b: Tensor, tiles: Tiles, layouts: Sequence[int], precision: str) -> Tensor:
+    """float32 [S, p, d]: the segments' partial sums."""
+    batch, length, p = g_btp.shape
+    d = a_btd.shape[2]
+    out = torch.empty((tiles.SPLIT, p, d), dtype=torch.float32, device=g_btp.device)
+    grid = (ceil_div(p, tiles.BLOCK_P) * ceil_div(d, tiles.BLOCK_D) * tiles.SPLIT,)
+    clipped_sum_kernel[grid](
+        g_btp, a_btd, factors_b, out, batch, length, p, d, *g_btp.stride(), *a_btd.stride(),
+        **_settings(tiles, g_btp.dtype, layouts, precision), **asdict(tiles),
+    )  # fmt: skip
+    return out
+
+
+def clipped_sum_triton(g_btp: Tensor, a_btd: Tensor, factors_b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The kernel with the best tiles by the formula; other types than the kernel's, and empty sums, by ATen."""
+    _check(g_btp, a_btd, factors_b)
+    if not HAS_TRITON or g_btp.dtype not in KERNEL_DTYPES or g_btp.numel() == 0 or a_btd.numel() == 0:
+        return clipped_sum_aten(g_btp, a_btd, factors_b, dtype)
+    device, layouts = device_for(g_btp, a_btd)
+    precision = matmul_precision(g_btp.dtype)
+    best = tile_choices((*g_btp.shape, a_btd.shape[2]), g_btp.dtype, device, precision)[0]
+    allocate_descriptors()
+    segments = launch(g_btp, a_btd, factors_b.contiguous(), best.tiles, layouts, precision)
+    return segments.sum(0, dtype=dtype) if best.tiles.SPLIT > 1 else segments[0].to(dtype or torch.float32)
+
+
+def clipped_sum_aten(g_btp: Tensor, a_btd: Tensor, factors_b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """In plain PyTorch, for every device: the smaller operand is scaled, and products are accumulated over chunks of B and T.
+
+    Holds a copy of one chunk: of the smaller operand, and of the other where it is narrower than float32, or a sample is dropped.
+    """
+    _check(g_btp, a_btd, factors_b)
+    batch, length, p = g_btp.shape
+    d = a_btd.shape[2]
+    wide = torch.promote_types(g_btp.dtype, torch.float32)
+    total = torch.zeros((p, d), dtype=wide, device=g_btp.device)
+    if g_btp.numel() == 0 or a_btd.numel() == 0:
+        return total.to(dtype or wide)
+    positions = min(length, max(1, _CPU_CHUNK // max(p, d)))
+    samples = max(1, _CPU_CHUNK // max(p, d) // length)
+    factors = factors_b.to(wide)[:, None, None]
+    dropped = factors_b.device.type != "cpu" or bool((factors_b == 0).any())
+    for first in range(0, batch, samples):
+        for start in range(0, length, positions):
+            chunk = slice(first, first + samples), slice(start, start + positions)
+            g, a, c = g_btp[chunk].to(wide), a_btd[chunk].to(wide), factors[first : first + samples]
+            g, a = (g * c, a) if p <= d else (g, a * c)
+            if dropped:
+                g, a = torch.where(c != 0, g, 0), torch.where(c != 0, a, 0)
+            total.addmm_(g.reshape(-1, p).t(), a.reshape(-1, d))
+    return total.to(dtype or wide)
+
+
+def reference(g_btp: Tensor, a_btd: Tensor, factors_b: Tensor) -> Tensor:
+    """float64 [p, d]: one outer product after another."""
+    total = torch.zeros((g_btp.shape[2], a_btd.shape[2]), dtype=torch.float64)
+    for g_tp, a_td, factor in zip(g_btp.double(), a_btd.double(), factors_b.tolist(), strict=True):
+        for g_p, a_d in zip(g_tp, a_td, strict=True):
+            if factor != 0:
+                total += factor * torch.outer(g_p, a_d)
+    return total
+
+
+def _check(g_btp: Tensor, a_btd: Tensor, factors_b: Tensor) -> None:
+    check_operands("clipped_sum", ("g_btp", g_btp), ("a_btd", a_btd))
+    check_lengths("clipped_sum", ("g_btp", g_btp), ("a_btd", a_btd))
+    check_factors("clipped_sum", factors_b, g_btp.shape[0])
+
+
+def _fake(g_btp: Tensor, a_btd: Tensor, factors_b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    _check(g_btp, a_btd, factors_b)
+    dtype = dtype or torch.promote_types(g_btp.dtype, torch.float32)
+    return g_btp.new_empty((g_btp.shape[2], a_btd.shape[2]), dtype=dtype)
+
+
+_library = torch.library.Library("flashnorm", "FRAGMENT")
+_library.define(
+    "clipped_sum(Tensor g_btp, Tensor a_btd, Tensor factors_b, ScalarType? dtype=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.impl("clipped_sum", clipped_sum_aten, "CompositeExplicitAutograd")
+_library.impl("clipped_sum", clipped_sum_triton, "CUDA")
+torch.library.register_fake("flashnorm::clipped_sum", _fake, lib=_library)
+
+
+@SymbolicGridFn
+def _grid(segments: Any, p: Any, d: Any, meta: Mapping[str, Any], *, cdiv: Any) -> tuple[Any, Any, Any]:
+    return (cdiv(p, meta["BLOCK_P"]) * cdiv(d, meta["BLOCK_D"]) * segments, 1, 1)
+
+
+def _aten_segments(g_btp: Tensor, a_btd: Tensor, factors_b: Tensor, *, segments: int) -> Tensor:
+    """The template's output from ATen: the sum in the first segment."""
+    total = clipped_sum_aten(g_btp, a_btd, factors_b, torch.float32)
+    return torch.nn.functional.pad(total[None], (0, 0, 0, 0, 0, segments - 1))
+
+
+_kernel = lowering.Kernel("clipped_sum", _TEMPLATE, _aten_segments, _grid)
+
+
+def _cast(total: Any, dtype: torch.dtype | None) -> Any:
+    return total if dtype in (None, torch.float32) else lowerings[torch.ops.prims.convert_element_type.default](total, dtype)
+
+
+def _lower(g: Any, a: Any, factors: Any, dtype: torch.dtype | None = None) -> Any:
+    if g.get_dtype() not in KERNEL_DTYPES:
+        return None
+    g, a, factors = lowering.realized(g, a, factors)
+    (batch, length, p), d, where = g.get_size(), a.get_size()[2], g.get_device()
+    if lowering.is_zero(batch, length, p, d):
+        return _cast(lowering.zeros([p, d], where), dtype)
+    device, layouts = lowering.device_for_nodes(g, a)
+    precision = matmul_precision(g.get_dtype())
+    sizes = [max(1, lowering.hint(size)) for size in (batch, length, p, d)]
+    choices = lowering.considered(tile_choices(sizes, g.get_dtype(), device, precision))
+    # One buffer takes the segments of whichever tiles are chosen, so that all have as many as the best by the formula.
+    segments = choices[0].tiles.SPLIT
+    candidates = []
+    for tiles in (replace(choice.tiles, SPLIT=segments) for choice in choices):
+        settings = _settings(tiles, g.get_dtype(), layouts, precision)
+        constants = {**tiles.constants, **settings, "PRECISION": repr(settings["PRECISION"])}
+        candidates.append(lowering.Candidate(constants, tiles.num_warps, tiles.num_stages))
+    layout = lowering.output_layout([segments, p, d], where)
+    partial = _kernel.lower([g, a, factors], layout, candidates, segments=segments)
+    return _cast(lowerings[aten.sum.dim_IntList](partial, [0]) if segments > 1 else lowerings[aten.squeeze.dim](partial, 0), dtype)
+
+
+lowering.register(torch.ops.flashnorm.clipped_sum.default, _lower)
