@@ -104,7 +104,7 @@ def compile_private(
 def graph_spec(specs: Sequence[InputSpec], options: Options) -> GraphSpec:
     algorithm = options.norm_algorithm
     globs = tuple(algorithm.items()) if isinstance(algorithm, dict) else (("*", algorithm),)
-    return GraphSpec(tuple(specs), globs, options.loss_normalizer, options.loss_reduction)
+    return GraphSpec(tuple(specs), globs, options.loss_normalizer, options.loss_reduction, options.memory_budget)
 
 
 def _compile(

@@ -39,6 +39,7 @@ loss_normalizer: Any = _environment("loss_normalizer")
 batch_dims: Any = _environment("batch_dims")
 seed: Any = _environment("seed")
 norm_algorithm: Any = _environment("norm_algorithm", "auto")
+memory_budget: Any = _environment("memory_budget", 1.1)
 inductor: Any = _environment("inductor")
 
 # A directory for graphs and plans, written at compile time. Nothing is written when it is unset.

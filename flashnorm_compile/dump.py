@@ -75,7 +75,7 @@ def graph_text(graph: fx.Graph) -> str:
 def plan_rows(outcome: Outcome) -> list[dict[str, Any]]:
     """The plan as plain values, a row per trainable parameter."""
     rows = []
-    for plan in outcome.plans:
+    for plan in outcome.plan.parameters:
         node = plan.gradient.node
         rows.append(
             {
@@ -85,13 +85,15 @@ def plan_rows(outcome: Outcome) -> list[dict[str, Any]]:
                 "uses": len(plan.gradient.uses),
                 "algorithm": plan.chosen,
                 "why": plan.why,
-                "flops": _number(plan.flops),
-                "bytes_moved": _number(plan.bytes_moved),
-                "bytes_held": _number(plan.bytes_held),
+                "flops": _number(plan.cost.flops),
+                "bytes_moved": _number(plan.cost.traffic),
+                "bytes_held": _number(plan.cost.held),
+                "predicted_us": 1e6 * plan.seconds,
+                "considered": {other.algorithm: 1e6 * other.seconds for other in plan.considered},
             }
         )
     return rows
 
 
 def _number(value: Any) -> int | str:
-    return int(value) if value.is_Integer else str(value)
+    return round(float(value)) if value.is_number else str(value)

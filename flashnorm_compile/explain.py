@@ -20,7 +20,7 @@ from .dump import plan_rows
 from .options import Options
 from .passes import _compat
 from .passes.errors import PrivacyError
-from .passes.private_pass import Outcome
+from .passes.private_pass import Observer, Outcome
 
 LOSS_OUTSIDE = (
     "the loss is computed outside the compiled part, where nothing can check whether it mixes samples. "
@@ -50,6 +50,10 @@ class Report:
     parameters: list[dict[str, Any]] = field(default_factory=list)
     replaced: list[str] = field(default_factory=list)
     refused: str | None = None
+    predicted_ratio: float | None = None
+    """Time of the private step over the non-private one, by the planner's model; None where nothing had to be chosen."""
+    predicted_peak_bytes: float = 0.0
+    """Of the non-private step, which the memory budget refers to."""
     loss_inside: bool = True
     graph_break: str | None = None
 
@@ -72,6 +76,8 @@ class Report:
             "parameters": self.parameters,
             "totals": self.totals(),
             "sensitivity": self.sensitivity,
+            "predicted_ratio": self.predicted_ratio,
+            "predicted_peak_bytes": self.predicted_peak_bytes,
             "replaced": self.replaced,
             "refused": self.refused,
             "loss_inside": self.loss_inside,
@@ -93,6 +99,11 @@ class Report:
         parts: list[Any] = [self._table(), *(f"({number}) {why}" for why, number in self._reasons().items())]
         parts += ["bytes: moved to and from memory; held: until the clip factors are known"]
         parts += [f"clipping: {self.options.clipping}; {self.sensitivity}"]
+        if self.predicted_ratio is not None:
+            peak = _short(round(self.predicted_peak_bytes))
+            parts.append(
+                f"predicted: {self.predicted_ratio:.2f} times the time of the non-private step, whose tensors take {peak}B"
+            )
         parts += [f"replaced: {text}" for text in self.replaced]
         if self.graph_break is not None:
             parts.append(f"only the first graph: {BREAK} {self.graph_break}")
@@ -165,7 +176,13 @@ def explain(model: Any, *inputs: Any, options: Mapping[str, Any] | None = None, 
         OptionsError: the options themselves are wrong.
         ValueError: nothing in the call trains a parameter.
     """
-    parsed = Options.parse(options)
+    return explain_observed(model, inputs, keywords, Options.parse(options))
+
+
+def explain_observed(
+    model: Any, inputs: Sequence[Any], keywords: Mapping[str, Any], options: Options, observers: tuple[Observer, ...] = ()
+) -> Report:
+    """``explain``; ``observers`` see each stage of the graph on the way."""
     outcomes: list[tuple[Outcome, bool, str | None]] = []
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
@@ -176,7 +193,9 @@ def explain(model: Any, *inputs: Any, options: Mapping[str, Any] | None = None, 
                 outcomes.append((outcome, _has_scalar_output(graph), reason))
                 raise _Explained
 
-        return compile_private(gm, example_inputs, parsed, inner_compile=_compat.run_graph, observers=(stop,), protect=False)
+        return compile_private(
+            gm, example_inputs, options, inner_compile=_compat.run_graph, observers=(*observers, stop), protect=False
+        )
 
     target = getattr(model, "_orig_mod", model)
     if isinstance(target, nn.Module):
@@ -192,12 +211,13 @@ def explain(model: Any, *inputs: Any, options: Mapping[str, Any] | None = None, 
         refusal = _refusal_in(error)
         if refusal is None:
             raise
-        return Report(parsed, refused=str(refusal))
+        return Report(options, refused=str(refusal).partition("\n\nSet TORCHDYNAMO_VERBOSE")[0])
     if not outcomes:
         raise ValueError("nothing to explain: the call captured no graph with a trainable parameter.")
     outcome, inside, reason = outcomes[0]
     replaced = [replacement.text for replacement in outcome.replacements]
-    return Report(parsed, str(outcome.batch), plan_rows(outcome), replaced, loss_inside=inside, graph_break=reason)
+    plan = outcome.plan
+    return Report(options, str(outcome.batch), plan_rows(outcome), replaced, None, plan.ratio, plan.peak, inside, reason)
 
 
 def _has_scalar_output(graph: fx.Graph) -> bool:

@@ -15,10 +15,10 @@ from .passes.errors import OptionsError
 
 Clipping = Literal["flat", "per_layer", "group", "automatic"]
 LossReduction = Literal["mean", "sum"]
-NormAlgorithm = Literal["auto", "materialize", "ghost"]
+NormAlgorithm = Literal["auto", "materialize", "ghost", "flash"]
 
 # Options that change the rewritten graph. All others are read at run time, so that changing them never recompiles.
-_GRAPH_FIELDS = ("loss_reduction", "loss_normalizer", "batch_dims", "norm_algorithm")
+_GRAPH_FIELDS = ("loss_reduction", "loss_normalizer", "batch_dims", "norm_algorithm", "memory_budget")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +49,8 @@ class Options:
     """Makes the noise repeatable, for tests; None: the key comes from the operating system. Never train with a seed."""
     norm_algorithm: NormAlgorithm | dict[str, NormAlgorithm] = "auto"
     """How per-sample norms are computed: one name for all parameters, or parameter-name glob -> name."""
+    memory_budget: float | int = 1.1
+    """The step's peak memory: a float is a multiple (>= 1) of the non-private step's predicted peak, an int is bytes."""
     inductor: dict[str, Any] | None = None
     """Settings handed to Inductor's config for this compilation."""
 
@@ -130,9 +132,17 @@ def _anything(name: str, value: Any) -> Any:
 
 
 def _check_algorithm(name: str, value: Any) -> str | dict[str, str]:
-    one = _one_of("auto", "materialize", "ghost")
+    one = _one_of("auto", "materialize", "ghost", "flash")
     check = _mapping("parameter-name globs to names", one) if isinstance(value, Mapping) else one
     return check(name, value)
+
+
+def _budget(name: str, value: Any) -> float | int:
+    """Bytes as an integer, or a multiple of the non-private peak as a float."""
+    whole = isinstance(value, numbers.Integral)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not value >= 1 or (whole and value == 1):
+        raise _wrong(name, value, "a float >= 1.0 (a multiple of the non-private step's peak) or an integer > 1 (bytes)")
+    return int(value) if whole else float(value)
 
 
 # One check for each field of Options, in the same order; each returns the value in its final type or raises.
@@ -149,6 +159,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "batch_dims": _optional(_mapping("input names to dimensions (None: public)", _optional(_integer()))),
     "seed": _optional(_integer()),
     "norm_algorithm": _check_algorithm,
+    "memory_budget": _budget,
     "inductor": _optional(_mapping("names of Inductor settings to values", _anything)),
 }
 

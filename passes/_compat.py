@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._dynamo.source import ConstantSource
+from torch._functorch._aot_autograd.descriptors import GradAOTOutput
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import detect_fake_mode
 from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -102,3 +104,12 @@ def real_parameters(nodes: Sequence[fx.Node]) -> dict[str, nn.Parameter]:
         if isinstance(example, nn.Parameter) and example.requires_grad:
             found[node.name] = example
     return found
+
+
+def partitioned_backward(joint: fx.GraphModule) -> fx.Graph:
+    """The backward graph that AOTAutograd's partitioner makes of a joint graph, which it may take apart."""
+    outputs = joint.graph.output_node().meta["desc"]
+    # Gradients come last, one for each input; those that nobody needs have no descriptor.
+    forward = next(i for i, desc in enumerate(outputs) if desc is None or isinstance(desc, GradAOTOutput))
+    _, backward = min_cut_rematerialization_partition(joint, None, compiler="inductor", num_fwd_outputs=forward)
+    return backward.graph

@@ -77,7 +77,7 @@ def squared_norms(terms: Sequence[Outer | Rows]) -> Tensor:
         outer = Outer(_joined([o.g_btp for o in outers]), _joined([o.a_btd for o in outers]))
         if not rows and outer.g_btp.shape[1] == 1:
             return outer.g_btp.square().sum((1, 2)) * outer.a_btd.square().sum((1, 2))
-        reach.append((outer.g_btp.square().sum(2).sqrt() * outer.a_btd.square().sum(2).sqrt()).sum(1))
+        reach.append(_reach(outer))
         outer = Outer(outer.g_btp.double(), outer.a_btd.double())
         parts.append(outer_norms(outer))
     if rows:
@@ -88,6 +88,21 @@ def squared_norms(terms: Sequence[Outer | Rows]) -> Tensor:
         parts.append(2 * cross_products(outer, Rows(row.ids_bt, row.g_btd.double())))
     least = (CANCELLED * sum(reach[1:], reach[0]).double()).square()
     return torch.maximum(sum(parts[1:], parts[0]), least)
+
+
+def squared_products(terms: Sequence[Outer]) -> Tensor:
+    """[B], float32: the squared norm of each sample's sum of products, from products that are squared as they are made.
+
+    The released sum is another product, whose rounding differs: the same least norm holds as for inner products.
+    """
+    outer = Outer(_joined([o.g_btp for o in terms]), _joined([o.a_btd for o in terms]))
+    norms = torch.ops.flashnorm.flash_norm(outer.g_btp, outer.a_btd)
+    return torch.maximum(norms, (CANCELLED * _reach(outer)).square().float())
+
+
+def _reach(outer: Outer) -> Tensor:
+    """[B]: ``sum_t |g_t| |a_t|``, which no norm exceeds."""
+    return (outer.g_btp.square().sum(2).sqrt() * outer.a_btd.square().sum(2).sqrt()).sum(1)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

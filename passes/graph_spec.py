@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
 
-Algorithm = Literal["auto", "materialize", "ghost"]
+Algorithm = Literal["auto", "materialize", "ghost", "flash"]
 
 
 class Role(Enum):
@@ -29,12 +29,14 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """``norm_algorithm``: (glob, algorithm) pairs, first match wins. ``loss_normalizer``: counted elements per sample."""
+    """``norm_algorithm``: (glob, algorithm) pairs, first match wins. ``loss_normalizer``: counted elements per sample.
+    ``memory_budget``: bytes (int), or a multiple of the non-private step's peak (float)."""
 
     inputs: tuple[InputSpec, ...]
     norm_algorithm: tuple[tuple[str, Algorithm], ...] = (("*", "auto"),)
     loss_normalizer: float | None = None
     loss_reduction: Literal["mean", "sum"] = "mean"
+    memory_budget: float | int = 1.1
 
     @property
     def parameters(self) -> tuple[str, ...]:

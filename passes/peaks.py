@@ -77,20 +77,37 @@ def peaks_of(device: torch.device) -> Peaks:
     return known or _kept(name, device)
 
 
+def peaks_key() -> str:
+    """What plans on this machine depend on, for compile caches: the figures of the CPU and of the current GPU."""
+    devices = [torch.device("cpu")] + ([torch.device("cuda", torch.cuda.current_device())] if torch.cuda.is_available() else [])
+    return repr([peaks_of(device) for device in devices])
+
+
 def _kept(name: str, device: torch.device) -> Peaks:
     path = Path(_folder()) / f"peaks_{''.join(c if c.isalnum() else '_' for c in name)}_{torch.__version__.split('+')[0]}.json"
+    found = _read(path)
+    if found is not None:
+        return found
+    peaks = _measured(name, device).rounded()
+    partial = path.with_suffix(f".{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(asdict(peaks)))
+        os.link(partial, path)  # fails where another process was faster: then that one's figures count
+    except OSError:
+        pass  # also a home that cannot be written: measured again next time
+    else:
+        return peaks
+    finally:
+        partial.unlink(missing_ok=True)
+    return _read(path) or peaks
+
+
+def _read(path: Path) -> Peaks | None:
     try:
         return Peaks(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
-        peaks = _measured(name, device).rounded()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(asdict(peaks)))
-        partial.replace(path)
-    except OSError:
-        pass  # a read-only home: measured again next time
-    return peaks
+        return None
 
 
 def _folder() -> str:

@@ -1,8 +1,14 @@
-"""Chooses, for every parameter, how its per-sample norms and its clipped sum are computed."""
+"""Chooses, for every parameter, how its per-sample norms and its clipped sum are computed: the least time within a memory budget.
+
+One decision over all parameters at once. Times are rooflines over the device's peaks; memory follows the backward pass, so that
+what activations give back may be used.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -10,99 +16,200 @@ import sympy
 import torch
 from torch import fx
 
+from . import choose
+from .baseline import step_seconds
+from .costs import Cost, release
 from .errors import OptionsError
+from .factored import Factor, use_kind
 from .graph_spec import GraphSpec
-from .match import WRITES, ParameterGradient, Use, write_operands
+from .match import ParameterGradient
+from .memory import Timeline, owner_of, timeline
+from .peaks import Peaks, peaks_of
 from .rules import Context
 from .sample_types import Expr
+from .ways import Way, ways_of
 
-aten, prims = torch.ops.aten, torch.ops.prims
-
-Chosen = Literal["materialize", "ghost", "single", "empty", "constant", "unused"]
-# Floating-point operations that a device does in the time of one byte of memory traffic.
-FLOPS_PER_BYTE = {"cpu": 6, "cuda": 180}
+Chosen = Literal["materialize", "ghost", "flash", "single", "empty", "constant", "unused"]
 
 
 @dataclass(frozen=True)
-class Factor:
-    """A use in factored form: ``kind`` "outer" (a matrix product; ``swapped``: its result reaches the parameter transposed)
-    or "rows" (an embedding's scatter)."""
+class Alternative:
+    """A way that was considered: predicted seconds that it adds to the step, and bytes of its own that it holds."""
 
-    use: Use
-    kind: Literal["outer", "rows"]
-    swapped: bool = False
+    algorithm: str
+    seconds: float
+    held: float
 
 
 @dataclass(frozen=True)
 class ParameterPlan:
-    """``flops`` and ``bytes_moved``: what privacy adds for this parameter; ``bytes_held``: memory until clip factors are known."""
+    """``cost``: what privacy adds for this parameter. ``seconds``: the prediction for it."""
 
     gradient: ParameterGradient
     chosen: Chosen
     why: str
     kind: str
     factors: tuple[Factor, ...] = field(default=(), repr=False)
-    flops: Expr = sympy.S.Zero
-    bytes_moved: Expr = sympy.S.Zero
-    bytes_held: Expr = sympy.S.Zero
+    cost: Cost = field(default=Cost(), repr=False)
+    seconds: float = 0.0
+    considered: tuple[Alternative, ...] = field(default=(), repr=False)
 
     @property
     def name(self) -> str:
         return self.gradient.name
 
 
-def plan_gradients(gradients: list[ParameterGradient], spec: GraphSpec, ctx: Context) -> list[ParameterPlan]:
-    """One plan per gradient.
+@dataclass(frozen=True)
+class Plan:
+    """The decision for a graph. ``peak``, ``step``: predicted bytes and seconds of the non-private step; ``budget``: bytes that
+    the private one may take, ``over``: bytes by which the best choice still exceeds it. Zero where nothing had to be decided."""
+
+    parameters: tuple[ParameterPlan, ...]
+    peaks: Peaks | None = None
+    step: float = 0.0
+    peak: float = 0.0
+    budget: float = 0.0
+    over: float = 0.0
+
+    @property
+    def ratio(self) -> float | None:
+        """Predicted time of the private step over the non-private one."""
+        return 1 + sum(plan.seconds for plan in self.parameters) / self.step if self.step else None
+
+
+def plan_gradients(graph: fx.Graph, gradients: list[ParameterGradient], spec: GraphSpec, ctx: Context) -> Plan:
+    """One plan for each gradient.
 
     Raises:
         OptionsError: ``norm_algorithm`` names an algorithm that does not fit a parameter.
     """
-    return [_plan(gradient, spec, ctx) for gradient in gradients]
+    fixed = {g.name: plan for g in gradients if (plan := _without_choice(g, ctx)) is not None}
+    free = [g for g in gradients if g.name not in fixed]
+    if not free:
+        return Plan(tuple(fixed[g.name] for g in gradients))
+    number = _Numbers(graph)
+    peaks = peaks_of(_device(free[0]))
+    ways = {g.name: _allowed(g, ways_of(g, ctx), spec) for g in free}
+    decided, line, budget = _decide(graph, gradients, free, ways, spec, peaks, number)
+    plans = dict(fixed)
+    for gradient, j in zip(free, decided.chosen, strict=True):
+        own = ways[gradient.name]
+        seconds = [way.cost.seconds(peaks, number) for way in own]
+        considered = tuple(Alternative(way.algorithm, s, number(way.cost.held)) for way, s in zip(own, seconds, strict=True))
+        why = _why(gradient, own, j, seconds, decided, spec)
+        plans[gradient.name] = ParameterPlan(
+            gradient,
+            own[j].algorithm,
+            why,
+            _kind(gradient),
+            own[j].factors,
+            own[j].cost,
+            seconds[j],
+            considered,  # type: ignore[arg-type]
+        )
+    step = step_seconds(graph, peaks, number)
+    return Plan(tuple(plans[g.name] for g in gradients), peaks, step, line.peak if line else 0.0, budget, decided.over)
 
 
-def _plan(gradient: ParameterGradient, spec: GraphSpec, ctx: Context) -> ParameterPlan:
+def _without_choice(gradient: ParameterGradient, ctx: Context) -> ParameterPlan | None:
     if gradient.node is None:
         return ParameterPlan(gradient, "unused", "not reached by the loss", "-")
-    size = sympy.Mul(*ctx.shape(gradient.node))
-    width = gradient.node.meta["val"].dtype.itemsize
-    kind = " + ".join(dict.fromkeys(use_kind(use) for use in gradient.uses)) or "whole gradient"
     if ctx.batch == 0:
         return ParameterPlan(gradient, "empty", "no sample: noise alone", "-")
+    cost = Cost((release(sympy.Mul(*ctx.shape(gradient.node)), gradient.node.meta["val"].dtype.itemsize),))
     if gradient.constant:
-        return ParameterPlan(gradient, "constant", "the same for every sample", "-", (), 3 * size, 2 * width * size)
+        return ParameterPlan(gradient, "constant", "the same for every sample", "-", cost=cost)
     if not gradient.uses:
-        return ParameterPlan(gradient, "single", "one sample: the gradient is its own", kind, (), 3 * size, 2 * width * size)
-    glob, wanted = next(((g, a) for g, a in spec.norm_algorithm if fnmatchcase(gradient.name, g)), ("*", "auto"))
-    factors = factored(gradient, ctx)
-    dense = ctx.batch * size * width
-    materialize = ParameterPlan(gradient, "materialize", "", kind, (), 3 * ctx.batch * size, 3 * dense, dense)
-    if factors is None:
-        if wanted == "ghost" and glob != "*":
-            raise OptionsError(
-                f"norm_algorithm={{{glob!r}: 'ghost'}} does not fit {gradient.name!r}: its gradient ({kind}) is not a sum of plain "
-                "matrix products and embedding rows. Use 'auto' or 'materialize' for it."
-            )
-        return _because(materialize, "the only form that fits")
-    ghost = _ghost_plan(gradient, kind, factors, ctx)
-    if wanted != "auto":
-        return _because(ghost if wanted == "ghost" else materialize, f"asked for by norm_algorithm ({glob!r})")
-    ratio = FLOPS_PER_BYTE.get(gradient.node.meta["val"].device.type, 100)
-    costs = {plan.chosen: _hint(plan.flops + ratio * plan.bytes_moved, gradient) for plan in (ghost, materialize)}
-    best = ghost if costs["ghost"] < costs["materialize"] else materialize
-    return _because(best, f"{best.chosen} costs {min(costs.values()) / max(max(costs.values()), 1):.2g} of the other way")
+        return ParameterPlan(gradient, "single", "one sample: the gradient is its own", _kind(gradient), cost=cost)
+    return None
 
 
-def _because(plan: ParameterPlan, why: str) -> ParameterPlan:
-    return replace(plan, why=why)
+def _kind(gradient: ParameterGradient) -> str:
+    return " + ".join(dict.fromkeys(use_kind(use) for use in gradient.uses)) or "whole gradient"
 
 
-def _hint(cost: Expr, gradient: ParameterGradient) -> float:
-    """A number for comparison: symbols take the sizes seen while tracing, without guarding on them."""
+def _device(gradient: ParameterGradient) -> torch.device:
     assert gradient.node is not None
-    values = {}
-    for symbol in cost.free_symbols:
-        values[symbol] = symbol_hint(symbol, gradient.node.graph)
-    return float(cost.subs(values))
+    return gradient.node.meta["val"].device  # type: ignore[no-any-return]
+
+
+def _asked(gradient: ParameterGradient, spec: GraphSpec) -> tuple[str, str]:
+    return next(((g, a) for g, a in spec.norm_algorithm if fnmatchcase(gradient.name, g)), ("*", "auto"))
+
+
+def _allowed(gradient: ParameterGradient, ways: list[Way], spec: GraphSpec) -> list[Way]:
+    """The ways that the options leave. An algorithm that is asked for all parameters is used where it fits."""
+    glob, wanted = _asked(gradient, spec)
+    if wanted == "auto":
+        return ways
+    found = [way for way in ways if way.algorithm == wanted]
+    if not found and glob != "*":
+        raise OptionsError(
+            f"norm_algorithm={{{glob!r}: {wanted!r}}} does not fit {gradient.name!r}: its gradient ({_kind(gradient)}) is not "
+            f"{_FORM[wanted]}. Possible are 'auto', {', '.join(repr(way.algorithm) for way in ways)}."
+        )
+    return found or ways[:1]
+
+
+_FORM = {"ghost": "a sum of plain matrix products and embedding rows", "flash": "a sum of plain matrix products over positions"}
+
+
+def _decide(
+    graph: fx.Graph,
+    gradients: Sequence[ParameterGradient],
+    free: Sequence[ParameterGradient],
+    ways: Mapping[str, Sequence[Way]],
+    spec: GraphSpec,
+    peaks: Peaks,
+    number: _Numbers,
+) -> tuple[choose.Decision, Timeline | None, float]:
+    """The choice for each of ``free``, with the timeline that it was made on (None where memory could not matter)."""
+    options = [[choose.Way(w.cost.seconds(peaks, number), number(w.cost.held)) for w in ways[g.name]] for g in free]
+    if all(len(own) == 1 for own in options):
+        return choose.choose(options, [0] * len(free), []), None, 0.0
+    line = timeline(graph, [g.node for g in gradients if g.node is not None], number)
+    budget = spec.memory_budget * line.peak if isinstance(spec.memory_budget, float) else float(spec.memory_budget)
+    kept = [[_kept(way, line, number) for way in ways[g.name]] for g in free]
+    with_kept = [
+        [choose.Way(o.seconds, o.held, k) for o, k in zip(own, nodes, strict=True)]
+        for own, nodes in zip(options, kept, strict=True)
+    ]
+    moments = [line.made(g.uses[-1].operation) for g in free]
+    return choose.choose(with_kept, moments, [budget - alive for alive in line.alive]), line, budget
+
+
+def _kept(way: Way, line: Timeline, number: _Numbers) -> tuple[choose.Kept, ...]:
+    owners = dict.fromkeys(owner_of(node) for node in way.kept)
+    return tuple(line.kept(node, number) for node in owners if node.op != "placeholder")
+
+
+def _why(
+    gradient: ParameterGradient, own: Sequence[Way], j: int, seconds: Sequence[float], decided: choose.Decision, spec: GraphSpec
+) -> str:
+    glob, wanted = _asked(gradient, spec)
+    if wanted == own[j].algorithm:
+        return f"asked for by norm_algorithm ({glob!r})"
+    if len(own) == 1:
+        return "the only form that fits"
+    fastest = min(range(len(own)), key=seconds.__getitem__)
+    if j != fastest:
+        return f"{own[fastest].algorithm} would be faster and does not fit the memory budget"
+    return f"least time ({', '.join(f'{way.algorithm} {1e6 * s:.0f} us' for way, s in zip(own, seconds, strict=True))})"
+
+
+class _Numbers:
+    """Sizes as numbers: symbols take the value that they had while tracing, without guarding on it."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._graph = graph
+
+    def __call__(self, expr: Expr) -> float:
+        expr = sympy.sympify(expr)
+        return float(expr.subs({symbol: self._hint(symbol) for symbol in expr.free_symbols}))
+
+    @functools.cache  # noqa: B019 - lives as long as one compilation
+    def _hint(self, symbol: Any) -> int:
+        return symbol_hint(symbol, self._graph)
 
 
 def symbol_hint(symbol: Any, graph: fx.Graph) -> int:
@@ -114,117 +221,3 @@ def symbol_hint(symbol: Any, graph: fx.Graph) -> int:
             if isinstance(size, torch.SymInt) and size.node.expr == symbol and size.node.has_hint():
                 return int(size.node.hint)
     return 32
-
-
-def use_kind(use: Use) -> str:
-    """A word for tables: what reduces over the samples."""
-    target = use.operation.target
-    if target in (aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default):
-        return "matmul"
-    if target in WRITES or target in (aten.embedding_dense_backward.default, aten.scatter_add.default):
-        return "rows"
-    return "convolution" if target is aten.convolution_backward.default else str(target).split(".")[1]
-
-
-def factored(gradient: ParameterGradient, ctx: Context) -> tuple[Factor, ...] | None:
-    """The gradient as a sum of matrix products and embedding rows, if its tail only adds, renames and transposes them."""
-    assert gradient.node is not None
-    if any(use.node.meta["val"].is_complex() for use in gradient.uses):
-        return None
-    uses = {use.node: use for use in gradient.uses}
-    found = _walk(gradient.node, False, uses, ctx, alone=len(uses) == 1)
-    return tuple(found) if found else None
-
-
-_SAME = {
-    aten.clone.default,
-    aten.alias.default,
-    aten.detach.default,
-    prims.convert_element_type.default,
-    aten._to_copy.default,
-}
-_VIEWS = {
-    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.default,
-    aten.squeeze.dim, aten.squeeze.dims,
-}  # fmt: skip
-
-
-def _walk(node: fx.Node, swapped: bool, uses: dict[fx.Node, Use], ctx: Context, alone: bool) -> list[Factor] | None:
-    if node in uses:
-        factor = _factor(uses[node], swapped, ctx)
-        return None if factor is None or (factor.kind == "rows" and swapped and not alone) else [factor]
-    source = node.args[0] if node.args else None
-    if node.target in _SAME or (node.target in _VIEWS and (alone or ctx.shape(node) == ctx.shape(source))):
-        return _walk(source, swapped, uses, ctx, alone)  # type: ignore[arg-type]
-    if node.target in (aten.permute.default, aten.t.default):
-        plain = len(ctx.shape(node)) == 2 and (node.target is aten.t.default or [d % 2 for d in node.args[1]] == [1, 0])  # type: ignore[union-attr]
-        if plain or alone:
-            return _walk(source, swapped != plain, uses, ctx, alone)  # type: ignore[arg-type]
-    if node.target is aten.add.Tensor and not node.kwargs.get("alpha") and ctx.shape(node.args[0]) == ctx.shape(node.args[1]):
-        sides = [_walk(side, swapped, uses, ctx, alone) for side in node.args[:2]]  # type: ignore[arg-type]
-        return sides[0] + sides[1] if sides[0] and sides[1] else None
-    return None
-
-
-def _factor(use: Use, swapped: bool, ctx: Context) -> Factor | None:
-    node = use.operation
-    if node.target is aten.mm.default:
-        return Factor(use, "outer", swapped)
-    if node.target is aten.convolution_backward.default and use.node.args[1] == 1:
-        source, weight, groups = node.args[1], node.args[2], node.args[9]
-        plain = groups == 1 and len(ctx.shape(source)) in (3, 4) and len(ctx.shape(weight)) == len(ctx.shape(source))
-        return Factor(use, "outer") if plain and not swapped else None
-    if node.target in WRITES:
-        x, indices, values, mask = write_operands(ctx, node)
-        one_row = len(indices) == 1 and len(ctx.shape(x)) == 2 and (len(node.args) < 4 or mask is not None or bool(node.args[3]))
-        fits = one_row and len(ctx.shape(values)) == len(ctx.shape(indices[0])) + 1 and _last_axis_free(use, ctx, values)
-        ids_follow = fits and any(use.leaves[i] is indices[0] for i in use.axes)
-        return Factor(use, "rows", swapped) if ids_follow else None
-    return None
-
-
-def _last_axis_free(use: Use, ctx: Context, values: Any) -> bool:
-    position = next(i for i, leaf in enumerate(use.leaves) if leaf is values and i in use.axes)
-    return use.axes[position].dim < len(ctx.shape(values)) - 1 and ctx.shape(values)[-1] == ctx.shape(use.operation)[-1]
-
-
-def contraction_length(factor: Factor, ctx: Context) -> Expr:
-    """T: positions per sample over which the factor is summed."""
-    position, axis = next(iter(factor.use.axes.items()))
-    leaf = factor.use.leaves[position]
-    if is_convolution(factor):
-        rows = factor.use.operation.args[1 if factor.use.operation.args[7] else 0]
-        images, _, *positions = ctx.shape(rows)
-        return sympy.cancel(images / ctx.batch) * sympy.Mul(*positions)
-    if factor.kind == "outer":
-        return sympy.cancel(ctx.shape(leaf)[axis.dim] / ctx.batch)
-    ids = write_operands(ctx, factor.use.operation)[1][0]
-    return sympy.cancel(sympy.Mul(*ctx.shape(ids)) / ctx.batch)
-
-
-def is_convolution(factor: Factor) -> bool:
-    return factor.use.operation.target is aten.convolution_backward.default
-
-
-def _ghost_plan(gradient: ParameterGradient, kind: str, factors: tuple[Factor, ...], ctx: Context) -> ParameterPlan:
-    """2 B T^2 (p + d) for products, O(B T d) for rows, and a scaled copy of each operand for the clipped sum."""
-    batch = ctx.batch
-    outer = [f for f in factors if f.kind == "outer"]
-    rows = [f for f in factors if f.kind == "rows"]
-    length = sum((contraction_length(f, ctx) for f in outer), sympy.S.Zero)
-    row_length = sum((contraction_length(f, ctx) for f in rows), sympy.S.Zero)
-    flops, moved, held = sympy.S.Zero, sympy.S.Zero, sympy.S.Zero
-    if outer:
-        p, *columns = ctx.shape(outer[0].use.node)
-        d = sympy.Mul(*columns)
-        flops += 2 * batch * length * (p + d) if length == 1 else 2 * batch * length**2 * (p + d)
-        moved += 8 * batch * length * (p + d)
-        held += 4 * batch * length * (p + d)
-    if rows:
-        d = ctx.shape(rows[0].use.operation)[-1]
-        flops += 3 * batch * row_length * d
-        moved += 24 * batch * row_length * d
-        held += 4 * batch * row_length * d
-    if outer and rows:
-        flops += 2 * batch * length * row_length * d
-    return ParameterPlan(gradient, "ghost", "", kind, factors, flops, moved, held)

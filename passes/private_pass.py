@@ -17,7 +17,8 @@ from .canonicalize import canonicalize_pass
 from .graph_spec import GraphSpec
 from .match import ParameterGradient, gradient_outputs, match_gradients
 from .normalize_loss import Replacement, normalize_loss_pass
-from .plan import ParameterPlan, plan_gradients
+from .peaks import peaks_key
+from .plan import Plan, plan_gradients
 from .rewrite import rewrite_gradients
 from .rules import Context
 from .rules.registry import USER_RULES
@@ -33,7 +34,7 @@ class Outcome:
     """What the pass decided, for reports."""
 
     batch: Any
-    plans: list[ParameterPlan]
+    plan: Plan
     replacements: list[Replacement]
 
 
@@ -56,10 +57,10 @@ class PrivateGradientsPass(CustomGraphPass):
             self._show("typed", graph, None)
             with dynamo_timed("flashnorm.match_and_plan"):
                 gradients = match_gradients(graph, self.spec, ctx) if ctx.types else _empty_batch(graph, self.spec)
-                plans = plan_gradients(gradients, self.spec, ctx)
+                plan = plan_gradients(graph, gradients, self.spec, ctx)
             with dynamo_timed("flashnorm.rewrite"):
-                rewrite_gradients(graph, self.spec, ctx, plans)
-            self._show("after", graph, Outcome(ctx.batch, plans, replacements))
+                rewrite_gradients(graph, self.spec, ctx, list(plan.parameters))
+            self._show("after", graph, Outcome(ctx.batch, plan, replacements))
 
     def _typed(self, graph: fx.Graph) -> tuple[Context, list[Replacement]]:
         batch = batch_size(graph, self.spec)
@@ -80,8 +81,8 @@ class PrivateGradientsPass(CustomGraphPass):
             observer(stage, graph, outcome)
 
     def uuid(self) -> bytes:
-        """Covers our sources, the spec and users' rules: all that changes the rewritten graph, for the compile caches."""
-        return hashlib.sha256(source_digest() + repr((self.spec, sorted(USER_RULES))).encode()).digest()
+        """Covers our sources, the spec, users' rules and the device's figures: all that changes the rewritten graph."""
+        return hashlib.sha256(source_digest() + repr((self.spec, sorted(USER_RULES), peaks_key())).encode()).digest()
 
 
 def _mixes(graph: fx.Graph, spec: GraphSpec, ctx: Context) -> bool:

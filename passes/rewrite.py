@@ -16,11 +16,12 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from ..templates import convolution, noise, release  # noqa: F401  (registers the operators)
-from .factors import Outer, Rows, convolution_factors, squared_norms, wide
+from ..templates import convolution, flash_norm, noise, release  # noqa: F401  (registers the operators)
+from .factored import Factor, is_convolution
+from .factors import Outer, Rows, convolution_factors, squared_norms, squared_products, wide
 from .graph_spec import GraphSpec, Role
 from .match import gradient_outputs, write_operands
-from .plan import Factor, ParameterPlan, is_convolution
+from .plan import ParameterPlan
 from .replay import Sizes, Values, clipped_use, run_tail, samples_first, tail_per_sample
 from .rules import Context
 from .sample_types import expression
@@ -137,7 +138,7 @@ class _Writer:
         if plan.chosen == "empty":
             node = gradient.node.meta["val"]  # type: ignore[union-attr]
             return torch.zeros((0, *node.shape), dtype=node.dtype, device=node.device)
-        if plan.chosen == "ghost":
+        if plan.chosen in ("ghost", "flash"):
             return None
         return tail_per_sample(gradient.tail, gradient.uses, values, sizes, gradient.node)  # type: ignore[arg-type]
 
@@ -145,6 +146,8 @@ class _Writer:
         """float32 [B]."""
         if plan.chosen == "ghost":
             return squared_norms([_factor_values(factor, values, sizes) for factor in plan.factors]).float()
+        if plan.chosen == "flash":
+            return squared_products([_factor_values(factor, values, sizes) for factor in plan.factors])  # type: ignore[misc]
         assert dense is not None
         squares = wide(_real(dense)).square()
         return (squares.sum(list(range(1, squares.dim()))) if squares.dim() > 1 else squares).float()

@@ -57,7 +57,7 @@ def test_privacy_options_are_required(given: dict[str, Any] | None) -> None:
         ({"batch_dims": [0]}, r"batch_dims must be a dict from input names"),
         ({"seed": True}, r"seed must be an integer"),
         ({"norm_algorithm": "gost"}, r"norm_algorithm must be .*did you mean 'ghost'"),
-        ({"norm_algorithm": {"*": "flash"}}, r"norm_algorithm\['\*'\] must be one of"),
+        ({"norm_algorithm": {"*": "tensor"}}, r"norm_algorithm\['\*'\] must be one of"),
         ({"inductor": "max_autotune"}, r"inductor must be a dict"),
     ],
 )

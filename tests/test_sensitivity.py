@@ -191,7 +191,7 @@ class WeightedTable(nn.Module):
 
 
 @pytest.mark.parametrize("size", [1e2, 1e4, 1e6, 1e8])
-@pytest.mark.parametrize("algorithm", ["auto", "materialize", "ghost"])
+@pytest.mark.parametrize("algorithm", ["auto", "materialize", "ghost", "flash"])
 @pytest.mark.parametrize("build", [Weighted, WeightedTable])
 def test_cancelling_tokens(build: type[nn.Module], algorithm: str, size: float, backend: str) -> None:
     """A record whose tokens all but cancel: rounding must not hide from the norm what it leaves in the sum."""

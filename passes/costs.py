@@ -1,0 +1,142 @@
+"""What each way to compute a gradient privately costs: FLOPs, memory traffic, memory held, launches.
+
+A way is a list of kernels; each takes the longer of its arithmetic and its traffic (Williams et al. 2009, "Roofline: An
+Insightful Visual Performance Model"), plus its launch. All sizes are sympy expressions in the graph's own symbols.
+
+Legend: B samples, T positions per sample, p rows and d columns of the weight, w bytes of an operand's element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import sympy
+import torch
+
+from .peaks import Peaks
+from .sample_types import Expr
+
+ZERO = sympy.S.Zero
+# Norms and sums are kept in float32, inner products of ghost norms in float64 (see factors.squared_norms).
+WIDE, GRAM = 4, 8
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One pass over memory. ``dtype`` is that of a matrix product's operands; element-wise work counts as traffic only."""
+
+    flops: Expr = ZERO
+    traffic: Expr = ZERO
+    dtype: torch.dtype = torch.float32
+
+    def seconds(self, peaks: Peaks, number: Callable[[Expr], float]) -> float:
+        """Its time, with ``number`` giving every size a value."""
+        return max(number(self.flops) / peaks.flops(self.dtype), number(self.traffic) / peaks.bandwidth) + peaks.launch
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Kernels that privacy adds, those of the non-private step that it replaces, and memory until the clip factors are known.
+
+    ``held`` counts what nobody else would still hold then: per-sample gradients, or operands of the clipped sum.
+    """
+
+    kernels: tuple[Kernel, ...] = ()
+    replaced: tuple[Kernel, ...] = ()
+    held: Expr = ZERO
+    held_nodes: tuple[object, ...] = field(default=(), repr=False)
+    """Nodes of the graph that stay alive until then (their bytes are not part of ``held``)."""
+
+    @property
+    def flops(self) -> Expr:
+        """Added floating-point operations."""
+        return _total(k.flops for k in self.kernels) - _total(k.flops for k in self.replaced)
+
+    @property
+    def traffic(self) -> Expr:
+        """Added bytes to and from memory."""
+        return _total(k.traffic for k in self.kernels) - _total(k.traffic for k in self.replaced)
+
+    def seconds(self, peaks: Peaks, number: Callable[[Expr], float]) -> float:
+        """Predicted added time; negative where privacy saves a kernel."""
+        added = sum(kernel.seconds(peaks, number) for kernel in self.kernels)
+        return added - sum(kernel.seconds(peaks, number) for kernel in self.replaced)
+
+
+def _total(parts: object) -> Expr:
+    return sympy.Add(*parts)  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class Product:
+    """The contraction behind a weight gradient: sample b's share is ``G_b^T A_b``; operands of type ``dtype``."""
+
+    batch: Expr
+    length: Expr
+    p: Expr
+    d: Expr
+    dtype: torch.dtype
+
+    @property
+    def operands(self) -> Expr:
+        """Bytes of G and A together."""
+        return self.dtype.itemsize * self.batch * self.length * (self.p + self.d)
+
+    @property
+    def g_bytes(self) -> Expr:
+        """Bytes of G."""
+        return self.dtype.itemsize * self.batch * self.length * self.p
+
+    @property
+    def weight(self) -> Expr:
+        """Elements of the weight."""
+        return self.p * self.d
+
+    def summed(self) -> Kernel:
+        """The non-private gradient: one product over samples and positions."""
+        flops = 2 * self.batch * self.length * self.weight
+        return Kernel(flops, self.operands + self.dtype.itemsize * self.weight, self.dtype)
+
+    def per_sample(self) -> Kernel:
+        """All samples' gradients, written in float32 or the operands' type, whichever is wider."""
+        return Kernel(self.summed().flops, self.operands + self.dense_bytes, self.dtype)
+
+    @property
+    def dense_bytes(self) -> Expr:
+        """Bytes of all samples' gradients."""
+        return max(WIDE, self.dtype.itemsize) * self.batch * self.weight
+
+
+def release(size: Expr, width: int) -> Kernel:
+    """Noise and cast: reads and writes the gradient once."""
+    return Kernel(traffic=(WIDE + width) * size)
+
+
+def dense_norm_and_sum(batch: Expr, size: Expr) -> tuple[Kernel, Kernel]:
+    """Norms of materialised per-sample gradients, and their weighted sum."""
+    dense = WIDE * batch * size
+    return Kernel(traffic=dense), Kernel(traffic=dense + WIDE * size)
+
+
+def scaled_sum(product: Product, fused: bool) -> tuple[Kernel, ...]:
+    """The clipped sum as one product whose operand G is scaled; ``fused``: within the product's own kernel."""
+    total = Kernel(product.summed().flops, product.operands + WIDE * product.weight, product.dtype)
+    return (total,) if fused else (Kernel(traffic=2 * WIDE / product.dtype.itemsize * product.operands), total)
+
+
+def gram_norm(product: Product, fused: bool) -> tuple[Kernel, ...]:
+    """Norms from inner products of positions. ``fused``: tiles with i <= j in registers; otherwise both T x T matrices in
+    float64, in memory."""
+    flops = 2 * product.batch * product.length**2 * (product.p + product.d)
+    if fused:
+        return (Kernel(flops / 2, product.operands, product.dtype),)
+    grams = GRAM * product.batch * product.length**2
+    widen = Kernel(traffic=(1 + sympy.Rational(GRAM, product.dtype.itemsize)) * product.operands)
+    copies = sympy.Rational(GRAM, product.dtype.itemsize) * product.operands
+    return widen, Kernel(flops, copies + 2 * grams, torch.float64), Kernel(traffic=2 * grams)
+
+
+def squared_product_norm(product: Product) -> Kernel:
+    """Norms from per-sample products that are squared and added in registers and never written."""
+    return Kernel(product.summed().flops, product.operands, product.dtype)

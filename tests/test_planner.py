@@ -1,0 +1,127 @@
+"""The planner's choice: cheapest within the budget, by exhaustive search; memory as the step really uses it."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import flashnorm_compile
+from flashnorm_compile.passes.choose import Decision, Kept, Way, choose
+
+OPTIONS: dict[str, Any] = {"max_grad_norm": 1.0, "noise_multiplier": 0.0}
+
+
+def exhaustive(ways: list[list[Way]], moments: list[int], room: list[float]) -> tuple[float, float]:
+    """(bytes over the budget, seconds) of the best choice, by trying all."""
+
+    def cost(chosen: tuple[int, ...]) -> tuple[float, float]:
+        picked = [own[j] for own, j in zip(ways, chosen, strict=True)]
+        over = 0.0
+        for t, free in enumerate(room):
+            own = sum(way.held for way, moment in zip(picked, moments, strict=True) if moment <= t)
+            kept = sum(k.nbytes for k in {k for way in picked for k in way.kept} if k.moment <= t)
+            over = max(over, own + kept - free)
+        return over, sum(way.seconds for way in picked)
+
+    return min(cost(chosen) for chosen in itertools.product(*(range(len(own)) for own in ways)))
+
+
+def problem(seed: int) -> tuple[list[list[Way]], list[int], list[float]]:
+    """Up to six gradients with up to four ways each; values that several of them keep; a budget from none to ample."""
+    draw = random.Random(seed)
+    moments_count = draw.randint(1, 4)
+    values = [Kept(f"v{i}", draw.randrange(moments_count), draw.randint(1, 50)) for i in range(4)]
+    ways = [
+        [
+            Way(draw.randint(1, 100) / 10, draw.choice([0, draw.randint(1, 60)]), tuple(draw.sample(values, draw.randint(0, 2))))
+            for _ in range(draw.randint(1, 4))
+        ]
+        for _ in range(draw.randint(1, 6))
+    ]
+    moments = [draw.randrange(moments_count) for _ in ways]
+    room = [float(draw.randint(-10, 200)) for _ in range(moments_count)]
+    return ways, moments, room
+
+
+def test_the_choice_costs_what_exhaustive_search_finds() -> None:
+    bound = 0
+    for seed in range(200):
+        ways, moments, room = problem(seed)
+        over, seconds = exhaustive(ways, moments, room)
+        found = choose(ways, moments, room)
+        assert found.over == pytest.approx(over, abs=1e-6), seed
+        assert found.seconds == pytest.approx(seconds), seed
+        bound += found.seconds > sum(min(way.seconds for way in own) for own in ways) + 1e-9
+    assert bound > 50, "the budget has to matter in many of them"
+
+
+def test_no_room_at_all_means_no_limit() -> None:
+    assert choose([[Way(2.0, 5.0), Way(1.0, 9.0)]], [0], []) == Decision((1,), 1.0, 0.0)
+
+
+class Stack(nn.Module):
+    """Wide layers over few positions: per-sample gradients are larger than all activations."""
+
+    def __init__(self, width: int, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x.square().mean()
+
+
+def algorithms(report: dict[str, Any]) -> set[str]:
+    return {row["algorithm"] for row in report["parameters"]}
+
+
+def explained(model: nn.Module, x: Tensor, **options: Any) -> dict[str, Any]:
+    return flashnorm_compile.explain(model, x, options=OPTIONS | options).to_dict()
+
+
+def test_a_budget_changes_the_choice() -> None:
+    model, x = Stack(64, 4), torch.randn(8, 24, 64)
+    assert algorithms(explained(model, x, memory_budget=100.0)) == {"materialize"}
+    held = sum(row["bytes_held"] for row in explained(model, x, memory_budget=1.0)["parameters"])
+    assert held < sum(row["bytes_held"] for row in explained(model, x, memory_budget=100.0)["parameters"])
+
+
+def test_bytes_and_multiples_mean_the_same_budget() -> None:
+    model, x = Stack(64, 4), torch.randn(8, 24, 64)
+    by_multiple = explained(model, x, memory_budget=1.2)
+    by_bytes = explained(model, x, memory_budget=round(1.2 * by_multiple["predicted_peak_bytes"]))
+    assert [row["algorithm"] for row in by_multiple["parameters"]] == [row["algorithm"] for row in by_bytes["parameters"]]
+
+
+def test_alternatives_are_shown_with_their_costs() -> None:
+    report = explained(Stack(32, 2), torch.randn(4, 16, 32))
+    for row in report["parameters"]:
+        assert set(row["considered"]) == {"materialize", "ghost", "flash"}
+        assert row["predicted_us"] == pytest.approx(row["considered"][row["algorithm"]])
+    assert report["predicted_ratio"] > 1
+
+
+@pytest.mark.parametrize("wanted", ["materialize", "ghost", "flash"])
+def test_an_algorithm_can_be_asked_for(wanted: str) -> None:
+    rows = explained(Stack(32, 2), torch.randn(4, 16, 32), norm_algorithm={"layers.0.*": wanted, "*": "auto"})["parameters"]
+    assert rows[0]["algorithm"] == wanted
+    assert "asked for" in rows[0]["why"]
+
+
+def test_an_impossible_algorithm_is_an_error() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    report = explained(model, torch.randn(3, 5, 4), norm_algorithm={"1.weight": "flash", "*": "auto"})
+    assert "norm_algorithm={'1.weight': 'flash'} does not fit '1.weight'" in report["refused"]
+    assert "'materialize'" in report["refused"]
+
+
+@pytest.mark.parametrize("value", [0.5, float("nan"), 1, True, "1.1", -3])
+def test_a_budget_that_means_nothing_is_refused(value: Any) -> None:
+    with pytest.raises(flashnorm_compile.OptionsError, match="memory_budget must be a float >= 1.0"):
+        flashnorm_compile.explain(nn.Linear(2, 2), torch.randn(2, 2), options=OPTIONS | {"memory_budget": value})
