@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import sympy
 import torch
 
+from .factors import BLOCKS, SHORTEST_IN_BLOCKS
 from .peaks import Peaks
 from .sample_types import Expr
 
@@ -127,10 +128,12 @@ def scaled_sum(product: Product, fused: bool) -> tuple[Kernel, ...]:
 
 def gram_norm(product: Product, fused: bool) -> tuple[Kernel, ...]:
     """Norms from inner products of positions. ``fused``: tiles with i <= j in registers; otherwise both T x T matrices in
-    float64, in memory."""
+    float64, in memory, a block of rows at a time."""
     flops = 2 * product.batch * product.length**2 * (product.p + product.d)
     if fused:
         return (Kernel(flops / 2, product.operands, product.dtype),)
+    if not product.length.is_Integer or product.length >= SHORTEST_IN_BLOCKS:
+        flops *= sympy.Rational(BLOCKS + 1, 2 * BLOCKS)
     grams = GRAM * product.batch * product.length**2
     widen = Kernel(traffic=(1 + sympy.Rational(GRAM, product.dtype.itemsize)) * product.operands)
     copies = sympy.Rational(GRAM, product.dtype.itemsize) * product.operands

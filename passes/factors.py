@@ -110,10 +110,23 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return wide(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
 
 
+# Inner products are symmetric: with this many blocks of positions, (BLOCKS + 1) / (2 BLOCKS) of them are computed.
+BLOCKS, SHORTEST_IN_BLOCKS = 4, 128
+
+
 def outer_norms(term: Outer) -> Tensor:
-    """``||G_b^T A_b||^2 = sum_ts (g_t . g_s)(a_t . a_s)``."""
-    grams = torch.bmm(term.g_btp, term.g_btp.mT) * torch.bmm(term.a_btd, term.a_btd.mT)
-    return grams.sum((1, 2))
+    """``||G_b^T A_b||^2 = sum_ts (g_t . g_s)(a_t . a_s)``; blocks of positions with t >= s, those below the diagonal twice."""
+    length = term.g_btp.shape[1]
+    if not isinstance(length, int) or length < SHORTEST_IN_BLOCKS:
+        return (torch.bmm(term.g_btp, term.g_btp.mT) * torch.bmm(term.a_btd, term.a_btd.mT)).sum((1, 2))
+    step = -(-length // BLOCKS)
+    total = term.g_btp.new_zeros(term.g_btp.shape[0])
+    for first in range(0, length, step):
+        last = min(first + step, length)
+        g = torch.bmm(term.g_btp[:, first:last], term.g_btp[:, :last].mT)
+        products = g * torch.bmm(term.a_btd[:, first:last], term.a_btd[:, :last].mT)
+        total = total + 2 * products[:, :, :first].sum((1, 2)) + products[:, :, first:].sum((1, 2))
+    return total
 
 
 def row_norms(term: Rows) -> Tensor:

@@ -8,7 +8,7 @@ import sympy
 import torch
 from torch import fx
 
-from .costs import WIDE, ZERO, Cost, Kernel, Product, dense_norm_and_sum, gram_norm, scaled_sum, squared_product_norm
+from .costs import GRAM, WIDE, ZERO, Cost, Kernel, Product, dense_norm_and_sum, gram_norm, scaled_sum, squared_product_norm
 from .factored import Factor, contraction_length, factored, is_convolution
 from .match import ParameterGradient
 from .rules import Context
@@ -90,7 +90,10 @@ def _ghost(gradient: ParameterGradient, factors: tuple[Factor, ...], product: Pr
         if product is not None:
             cross = product.length * sympy.Add(*(contraction_length(f, ctx) for f in rows)) * ctx.batch
             kernels += (Kernel(2 * cross * width, 3 * WIDE * cross, torch.float32 if fused else torch.float64),)
-    return Way("ghost", Cost(kernels, replaced, ZERO), factors, _kept(gradient))
+    # A convolution's input patches are written out, and once more in the inner products' type.
+    patches = product is not None and any(is_convolution(f) for f in factors)
+    held = (WIDE + GRAM) * product.batch * product.length * product.d if patches else ZERO  # type: ignore[union-attr]
+    return Way("ghost", Cost(kernels, replaced, held), factors, _kept(gradient))
 
 
 def _flash(gradient: ParameterGradient, factors: tuple[Factor, ...], product: Product, ctx: Context) -> Way:

@@ -5,8 +5,9 @@
     weight_shape  sizes of the kernel: [O, I/groups, *k], or [I, O/groups, *k] when transposed
     returns       [B, *weight_shape], in the dtype of ``grad``
 
-The library's own weight gradient is called for one sample at a time: the same arithmetic as the sum over the batch, and no
-unfolded copy of the input. Works for one to three spatial dimensions, with stride, padding, dilation, groups and transposition.
+The library's own weight gradient is called for one sample at a time, or for narrow kernels once, with each sample a group of
+channels: the same arithmetic as the sum over the batch, and no unfolded copy of the input. Works for one to three spatial
+dimensions, with stride, padding, dilation, groups and transposition.
 """
 
 from __future__ import annotations
@@ -17,6 +18,11 @@ import torch
 from torch import Tensor
 
 aten = torch.ops.aten
+
+
+# Measured with oneDNN on two cores: up to this many channels one grouped call is 1.8 to 20 times as fast, from twice as many on it
+# is 2 to 6 times as slow.
+NARROW = 32
 
 
 def conv_weight_grads(
@@ -30,11 +36,17 @@ def conv_weight_grads(
     output_padding: Sequence[int],
     groups: int,
 ) -> Tensor:
-    out = grad.new_empty((grad.shape[0], *weight_shape))
-    weight = grad.new_empty(()).expand(*weight_shape)  # only its shape is read
     only_weight = [False, True, False]
+    samples = grad.shape[0]
+    if samples > 1 and max(weight_shape[:2]) <= NARROW:
+        as_groups = [x.transpose(0, 1).flatten(1, 2) for x in (grad, source)]
+        weight = grad.new_empty(()).expand(samples * weight_shape[0], *weight_shape[1:])
+        settings = (stride, padding, dilation, transposed, output_padding, groups * samples, only_weight)
+        return aten.convolution_backward(*as_groups, weight, None, *settings)[1].view(samples, *weight_shape)
+    out = grad.new_empty((samples, *weight_shape))
+    weight = grad.new_empty(()).expand(*weight_shape)  # only its shape is read
     settings = (stride, padding, dilation, transposed, output_padding, groups, only_weight)
-    for sample in range(grad.shape[0]):
+    for sample in range(samples):
         out[sample] = aten.convolution_backward(grad[sample], source[sample], weight, None, *settings)[1]
     return out
 

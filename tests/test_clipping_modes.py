@@ -35,7 +35,7 @@ def test_mode(name: str, clipping: str, backend: str) -> None:
     check(ZOO[name], backend=backend, clipping=clipping, groups=GROUPS[name] if clipping == "group" else ())
 
 
-@pytest.mark.parametrize("algorithm", ["materialize", "ghost"])
+@pytest.mark.parametrize("algorithm", ["materialize", "ghost", "flash"])
 @pytest.mark.parametrize("clipping", ["flat", "per_layer"])
 @pytest.mark.parametrize("name", [*GROUPS, "attention", "gru_cell", "unet", "siamese"])
 def test_norm_algorithm(name: str, clipping: str, algorithm: str, backend: str) -> None:

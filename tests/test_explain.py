@@ -38,7 +38,7 @@ def test_report_names_every_parameter() -> None:
     assert set(rows) == {"embed.weight", "layer.weight", "layer.bias"}
     assert rows["embed.weight"]["uses"] == 2
     assert rows["embed.weight"]["frontier"] == "matmul + rows"
-    assert all(row["algorithm"] in ("ghost", "materialize") and row["why"] for row in rows.values())
+    assert all(row["algorithm"] in ("ghost", "materialize", "flash") and row["why"] for row in rows.values())
     assert report["refused"] is None
     assert report["loss_inside"]
     assert "cross_entropy" in report["replaced"][0]

@@ -189,7 +189,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def _may_refuse(program: Program) -> bool:
     """Refusing is right, or at least allowed."""
     uneven = program.counts and len(program.losses) > 1  # a token count that scales a part of the loss only
-    return bool(program.effects) or uneven or program.norm_algorithm == "ghost"
+    return bool(program.effects) or uneven or program.norm_algorithm in ("ghost", "flash")
 
 
 def _suitable(program: Program) -> Program:

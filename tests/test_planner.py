@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from flashnorm_compile.passes.choose import Decision, Kept, Way, choose
 from torch import Tensor, nn
 
 import flashnorm_compile
-from flashnorm_compile.passes.choose import Decision, Kept, Way, choose
 
 OPTIONS: dict[str, Any] = {"max_grad_norm": 1.0, "noise_multiplier": 0.0}
 
@@ -123,5 +123,5 @@ def test_an_impossible_algorithm_is_an_error() -> None:
 
 @pytest.mark.parametrize("value", [0.5, float("nan"), 1, True, "1.1", -3])
 def test_a_budget_that_means_nothing_is_refused(value: Any) -> None:
-    with pytest.raises(flashnorm_compile.OptionsError, match="memory_budget must be a float >= 1.0"):
+    with pytest.raises(flashnorm_compile.OptionsError, match=r"memory_budget must be a float >= 1\.0"):
         flashnorm_compile.explain(nn.Linear(2, 2), torch.randn(2, 2), options=OPTIONS | {"memory_budget": value})

@@ -27,10 +27,10 @@ class _Prepared(Prepared):
         super().__init__(problem, privacy)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.loss: Callable[..., Tensor] = problem.mean_loss(self.model)
-        self.clip, self.clip_and_add = _clip_, _clip_and_add_
+        self.clip, self.clip_and_add = _clip, _clip_and_add_
         if compiled:
             self.loss = torch.compile(self.loss, dynamic=False)
-            self.clip, self.clip_and_add = (torch.compile(f, dynamic=False) for f in (_clip_, _clip_and_add_fused_))
+            self.clip, self.clip_and_add = (torch.compile(f, dynamic=False) for f in (_clip, _clip_and_add_fused_))
 
     def backward(self) -> None:
         problem, privacy = self.problem, self.privacy
@@ -42,8 +42,7 @@ class _Prepared(Prepared):
                 if total:
                     self.clip_and_add(total, gradients, max_grad_norm, problem.batch_size)
                 else:
-                    total = gradients
-                    self.clip(total, max_grad_norm, problem.batch_size)
+                    total = self.clip(gradients, max_grad_norm, problem.batch_size)
         add_noise_(total, noise_std(problem, privacy))
         for parameter, gradient in zip(self.used, total, strict=True):
             parameter.grad = gradient
@@ -65,15 +64,15 @@ def _factor(gradients: list[Tensor], max_grad_norm: Tensor, samples: int) -> Ten
     return clip_factors(norm, max_grad_norm) / samples
 
 
-def _clip_(gradients: list[Tensor], max_grad_norm: Tensor, samples: int) -> None:
-    torch._foreach_mul_(gradients, _factor(gradients, max_grad_norm, samples))
+# With a batch of one, two gradients can be views of one tensor (a position's and the class token's), so none is changed in place.
+def _clip(gradients: list[Tensor], max_grad_norm: Tensor, samples: int) -> list[Tensor]:
+    return list(torch._foreach_mul(gradients, _factor(gradients, max_grad_norm, samples)))
 
 
 def _clip_and_add_(total: list[Tensor], gradients: list[Tensor], max_grad_norm: Tensor, samples: int) -> None:
     factor = _factor(gradients, max_grad_norm, samples)
     if factor.is_cuda:  # reading the factor would wait for the GPU
-        torch._foreach_mul_(gradients, factor)
-        torch._foreach_add_(total, gradients)
+        torch._foreach_add_(total, torch._foreach_mul(gradients, factor))
     else:
         torch._foreach_add_(total, gradients, alpha=float(factor))
 

@@ -4,7 +4,7 @@ import torch
 
 from benchmarks.case import Case, Problem, Suite
 from benchmarks.models.llama import Llama, LlamaBlocks
-from benchmarks.suites.problems import SWEEP, next_token, regression
+from benchmarks.suites.problems import EVERYBODY, SWEEP, next_token, regression
 
 TOKENS = 2048
 HEADLINE_BATCH = 4
@@ -58,6 +58,7 @@ SUITE = Suite(
             description="Llama-like, d 256, 2 layers, 4 heads, 2 key heads, MLP 704, vocabulary 1024, tied, B 2, T 96",
             build=_small,
             point={"B": 2, "T": 96},
+            contenders=EVERYBODY,
         ),
     ),
     paper=(

@@ -13,6 +13,12 @@ from benchmarks.case import Problem, class_cross_entropy, per_sample, token_cros
 OURS = ("eager", "inductor", "flashnorm")
 """For what only this project's own ratio is asked of."""
 
+EVERYBODY = (
+    *OURS, "flashnorm per-layer", "opacus", "opacus functorch", "opacus ghost", "opacus fast gradient", "two-pass ghost",
+    "book-keeping", "fastdp", "vmap", "vmap compiled", "loop", "loop compiled", "jax_privacy",
+)  # fmt: skip
+"""All but our algorithms forced one by one, which the suites `linear` and `gpt2` compare."""
+
 ONE_OF_EACH = (*OURS, "opacus", "opacus ghost", "vmap", "loop compiled")
 """One contender of each method, where many cases have to be quick."""
 
@@ -37,6 +43,10 @@ def image_classes(model: nn.Module, batch: int, pixels: int, classes: int) -> Pr
 
 
 def regression(model: nn.Module, *inputs: Tensor, output_shape: tuple[int, ...] | None = None) -> Problem:
-    """Mean squared error against random targets, in the shape of the first input unless `output_shape` is given."""
-    targets = torch.randn(inputs[0].shape if output_shape is None else output_shape)
+    """Mean squared error against random targets, in the shape of the first input unless `output_shape` is given.
+
+    Targets are far away, so that gradient norms are above 1: libraries that add 1e-6 to a norm before they divide by it would
+    otherwise miss the gate by that alone.
+    """
+    targets = 100 * torch.randn(inputs[0].shape if output_shape is None else output_shape)
     return Problem(model, inputs, targets, per_sample(F.mse_loss))

@@ -15,7 +15,7 @@ from benchmarks.case import Case, Problem, Suite
 from benchmarks.models.bert import BERT
 from benchmarks.models.resnet import BiT
 from benchmarks.models.vit import ViT
-from benchmarks.suites.problems import ONE_OF_EACH, image_classes, text_classes
+from benchmarks.suites.problems import EVERYBODY, ONE_OF_EACH, image_classes, text_classes
 
 FROZEN = "class token and positions frozen"
 TRAINED = "class token and positions trained"
@@ -107,6 +107,7 @@ SUITE = Suite(
             f"ViT-like, d 192, 3 layers, 3 heads, 17 tokens, 100 classes, {FROZEN}, B 16",
             lambda: _small_vit(train_raw=False),
             {"B": 16},
+            contenders=EVERYBODY,
         ),
         Case(
             "vit-raw",
@@ -120,8 +121,15 @@ SUITE = Suite(
             "pre-activation bottleneck ResNet with GroupNorm, width 32, 2 stages of 1 block, 64 x 64 pixels, B 16",
             _small_resnet,
             {"B": 16},
+            contenders=EVERYBODY,
         ),
-        Case("bert", "BERT-like, d 128, 2 layers, 2 heads, vocabulary 1024, 64 tokens, B 8", _small_bert, {"B": 8}),
+        Case(
+            "bert",
+            "BERT-like, d 128, 2 layers, 2 heads, vocabulary 1024, 64 tokens, B 8",
+            _small_bert,
+            {"B": 8},
+            contenders=EVERYBODY,
+        ),
     ),
     paper=(*(_paper_case(name, batch) for name in ARCHITECTURES for batch in BATCHES), _paper_raw()),
 )
