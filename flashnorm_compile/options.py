@@ -140,9 +140,9 @@ def _check_algorithm(name: str, value: Any) -> str | dict[str, str]:
 def _budget(name: str, value: Any) -> float | int:
     """Bytes as an integer, or a multiple of the non-private peak as a float."""
     whole = isinstance(value, numbers.Integral)
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not value >= 1 or (whole and value == 1):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not float(value) >= 1 or (whole and value == 1):
         raise _wrong(name, value, "a float >= 1.0 (a multiple of the non-private step's peak) or an integer > 1 (bytes)")
-    return int(value) if whole else float(value)
+    return int(float(value)) if whole else float(value)
 
 
 # One check for each field of Options, in the same order; each returns the value in its final type or raises.

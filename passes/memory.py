@@ -70,7 +70,8 @@ def timeline(graph: fx.Graph, gradients: Iterable[fx.Node], number: Number) -> T
 def _copied(graph: fx.Graph) -> fx.GraphModule:
     """A copy that may be taken apart; values in ``meta`` are shared."""
     twin = fx.Graph()
-    output = twin.graph_copy(graph, mapping := {})
+    mapping: dict[fx.Node, fx.Node] = {}
+    output = twin.graph_copy(graph, mapping)
     twin.output(output)
     twin.output_node().meta.update(graph.output_node().meta)
     for old, new in mapping.items():

@@ -54,8 +54,9 @@ class Peaks:
 
 def _gpu(name: str, half: float, tf32: float, float32: float, float64: float, bandwidth: float, source: str) -> Peaks:
     """From dense (not sparse) TFLOP/s and TB/s."""
-    flops = [1e12 * ATTAINED_FLOPS * value for value in (half, tf32, float32, float64)]
-    return Peaks(name, *flops, 1e12 * ATTAINED_BANDWIDTH * bandwidth, 3e-6, source)
+    rate = 1e12 * ATTAINED_FLOPS
+    bytes_per_s = 1e12 * ATTAINED_BANDWIDTH * bandwidth
+    return Peaks(name, rate * half, rate * tf32, rate * float32, rate * float64, bytes_per_s, 3e-6, source)
 
 
 # The first entry whose name is part of the device's name counts.

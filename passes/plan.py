@@ -105,7 +105,7 @@ def plan_gradients(graph: fx.Graph, gradients: list[ParameterGradient], spec: Gr
             own[j].factors,
             own[j].cost,
             seconds[j],
-            considered,  # type: ignore[arg-type]
+            considered,
         )
     step = step_seconds(graph, peaks, number)
     return Plan(tuple(plans[g.name] for g in gradients), peaks, step, line.peak if line else 0.0, budget, decided.over)

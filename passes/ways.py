@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import sympy
 import torch
@@ -18,7 +19,7 @@ from .rules import Context
 class Way:
     """One algorithm with its cost. ``kept``: nodes whose values stay alive until the clip factors are known."""
 
-    algorithm: str
+    algorithm: Literal["materialize", "ghost", "flash"]
     cost: Cost
     factors: tuple[Factor, ...] = field(default=(), repr=False)
     kept: tuple[fx.Node, ...] = field(default=(), repr=False)

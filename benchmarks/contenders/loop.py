@@ -27,10 +27,12 @@ class _Prepared(Prepared):
         super().__init__(problem, privacy)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.loss: Callable[..., Tensor] = problem.mean_loss(self.model)
-        self.clip, self.clip_and_add = _clip, _clip_and_add_
+        self.clip: Callable[..., list[Tensor]] = _clip
+        self.clip_and_add: Callable[..., None] = _clip_and_add_
         if compiled:
             self.loss = torch.compile(self.loss, dynamic=False)
-            self.clip, self.clip_and_add = (torch.compile(f, dynamic=False) for f in (_clip, _clip_and_add_fused_))
+            self.clip = torch.compile(_clip, dynamic=False)
+            self.clip_and_add = torch.compile(_clip_and_add_fused_, dynamic=False)
 
     def backward(self) -> None:
         problem, privacy = self.problem, self.privacy
