@@ -44,7 +44,8 @@ _MIXED = (
 )
 _WRITTEN = (
     "p.grad was written or changed outside backward (by hand, gradient clipping, loss scaling); samples are already "
-    "clipped, so remove clip_grad_norm_ and the like (in transformers: TrainingArguments(max_grad_norm=0))"
+    "clipped, so remove clip_grad_norm_ and the like (in transformers: TrainingArguments(max_grad_norm=0), and "
+    "flashnorm_compile.integrations.transformers.PrivacyCallback, which keeps the Trainer from writing gradients to measure them)"
 )
 _NOISELESS = (
     "the last backward pass added no noise (inside accumulate(), or before accumulation_steps passes were complete); "

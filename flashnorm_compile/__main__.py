@@ -1,0 +1,7 @@
+"""``python -m flashnorm_compile``: see ``--help``."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())
