@@ -340,12 +340,6 @@ def test_independent_programs_equal_the_loop(program: Program) -> None:
     _check_or_reject(program)
 
 
-@fuzzing
-@given(programs(mixing=True))
-def test_mixing_programs_are_refused(program: Program) -> None:
-    _check_or_reject(program)
-
-
 # --- programs worth remembering ---------------------------------------------------------------------------------------
 
 TOKENS = Input("ids", (B, 3), bound=4)
@@ -657,6 +651,13 @@ def test_the_harness_catches_a_needless_refusal() -> None:
 def test_a_program_prints_as_its_own_source() -> None:
     for known in (*INDEPENDENT.values(), *MIXING.values()):
         assert eval(repr(known), vars(fuzz_programs).copy()) == known
+
+
+# Far from the other long one, so that two processes get one each.
+@fuzzing
+@given(programs(mixing=True))
+def test_mixing_programs_are_refused(program: Program) -> None:
+    _check_or_reject(program)
 
 
 @settings(fuzzing, max_examples=60, phases=[Phase.generate])
