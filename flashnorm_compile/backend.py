@@ -6,7 +6,9 @@ they are, for debugging ("is Inductor to blame?") and fast tests. Both are found
 
 from __future__ import annotations
 
+import linecache
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -88,7 +90,7 @@ def compile_private(
     if protect:
         _protect(nodes)
     specs = classify(gm, options.batch_dims)
-    reason = break_reason(gm)
+    reason = break_reason(gm) or resumed_after(gm)
     gm, inputs = with_handle(gm, example_inputs)
     spec = graph_spec([*specs, InputSpec(HANDLE, Role.HANDLE)], options)
     observers = (*observers, *dump.observers(spec))
@@ -150,6 +152,22 @@ def break_reason(gm: fx.GraphModule) -> str | None:
         return None
     frames = [f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}" for frame in reason.user_stack[-1:]]
     return f"{str(reason.reason).strip()} ({'; '.join(frames)})"
+
+
+_RESUMED = re.compile(r"torch_dynamo_resume_in_(?P<function>.+)_at_(?P<line>\d+)")
+
+
+def resumed_after(gm: fx.GraphModule) -> str | None:
+    """Where the break lies behind which this graph goes on, or ``None``. Where no operator ran before it, no graph ends there."""
+    frames = getattr(getattr(gm, "compile_subgraph_reason", None), "user_stack", None) or []
+    found = [(frame.filename, match) for frame in frames[-1:] if (match := _RESUMED.fullmatch(frame.name))]
+    if not found:
+        return None
+    file, match = found[0]
+    line = linecache.getline(file, int(match["line"])).strip()
+    place = f"{file}:{match['line']} in {match['function']}: {line}"
+    reasons = _compat.graph_break_reasons()
+    return f"{reasons[0]} ({place})" if len(reasons) == 1 else f"{place}; TORCH_LOGS=graph_breaks shows why"
 
 
 class PrivateGraph:

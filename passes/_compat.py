@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._dynamo.source import ConstantSource
+from torch._dynamo.utils import counters
 from torch._functorch._aot_autograd.descriptors import GradAOTOutput
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import detect_fake_mode
@@ -104,6 +105,11 @@ def real_parameters(nodes: Sequence[fx.Node]) -> dict[str, nn.Parameter]:
         if isinstance(example, nn.Parameter) and example.requires_grad:
             found[node.name] = example
     return found
+
+
+def graph_break_reasons() -> list[str]:
+    """The first line of each distinct reason for which Dynamo has broken a graph so far."""
+    return list(dict.fromkeys(str(reason).strip().split("\n", 1)[0] for reason in counters["graph_break"]))
 
 
 def partitioned_backward(joint: fx.GraphModule) -> fx.Graph:

@@ -325,6 +325,24 @@ def test_break_by_data_dependence(backend: str) -> None:
     says(text, line_of(Branches, "if hidden.sum"), "generic_jump|data.dependent|branch")
 
 
+class BrokenAtOnce(nn.Module):
+    """Breaks before its first operator, so no graph ends at the break."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return self.linear(x)
+
+
+def test_break_before_any_operator(backend: str) -> None:
+    model = Mixing(BrokenAtOnce())
+    text = refusal(errors.GraphBreakError, lambda: train(model, torch.randn(4, 6), backend=backend))
+    says(text, line_of(BrokenAtOnce, "graph_break()"), "graph_break", "group")
+
+
 def test_recompile_limit(backend: str) -> None:
     """Past the limit Dynamo quietly runs eager code: the optimizer must refuse what that leaves in ``grad``."""
     model = Mlp()
