@@ -138,12 +138,8 @@ class Binding:
         if unit != size:
             factors.mul_(unit / size)
         state.record(norms, bounds)
-        keys = self._keys(places, number).to(norms_sq.device)
+        keys = state.noise_keys(number).index_select(0, places.row_index).to(norms_sq.device)
         return self._spread(factors, places), keys, norms_sq.new_full((), noise_std, dtype=torch.float32)
-
-    def _keys(self, places: _Places, release: int) -> Tensor:
-        table = torch.frombuffer(bytearray(places.state.noise_keys(release)), dtype=torch.int64).view(-1, 2)
-        return table.index_select(0, places.row_index)
 
     def _spread(self, factors: Tensor, places: _Places) -> Tensor:
         """[B, K] -> [P, B], contiguous: compiled code relies on the strides that the op's fake promised."""

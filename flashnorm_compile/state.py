@@ -7,9 +7,7 @@ refers to parameters weakly: no model lives longer because it was private.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import itertools
-import os
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -22,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .accounting.account import Batch
 from .accounting.accounted import Accounted
 from .clipping import Layout, layout_for
+from .noise_key import NoiseKey, streams_of
 from .options import Options, real
 from .passes.errors import OptionsError, PrivacyError
 
@@ -65,8 +64,8 @@ class PrivacyState(Accounted):
         self._layout: Layout | None = None
         self._overrides: dict[str, float] = {}
         self._ordinal = next(_ordinals)
-        self._key = os.urandom(32)
-        self._salt = b""
+        self.noise_key = NoiseKey()
+        self._streams: Tensor | None = None
         self._releases = 0
         self._micro_batches = 0
         self._open_accumulations = 0
@@ -201,7 +200,7 @@ class PrivacyState(Accounted):
         for name in _SETTINGS:
             if state[name] is not None:
                 setattr(self, name, state[name])
-        self._salt = os.urandom(32)
+        self.noise_key.refresh()
 
     def attach(self, options: Options) -> None:
         """Takes over the options of the first graph; a later graph must have been compiled with the same ones."""
@@ -210,8 +209,7 @@ class PrivacyState(Accounted):
             self._trainable = [p is not None and p.requires_grad for p in (ref() for ref in self._refs)]
             if options.seed is not None:
                 # The ordinal keeps two states of one process apart that were given one seed.
-                text = f"flashnorm seed {options.seed}, state {self._ordinal}"
-                self._key = hashlib.blake2b(text.encode(), digest_size=32).digest()
+                self.noise_key.seed(f"flashnorm seed {options.seed}, state {self._ordinal}")
             self._changed()
         elif options != self.options:
             names = [name for name in vars(options) if getattr(options, name) != getattr(self.options, name)]
@@ -256,6 +254,7 @@ class PrivacyState(Accounted):
 
     def _changed(self) -> None:
         self._layout = None
+        self._streams = None
         self.revision += 1
 
     @property
@@ -313,13 +312,11 @@ class PrivacyState(Accounted):
         """Whether the backward pass that released last adds noise."""
         return self._adds_noise
 
-    def noise_keys(self, release: int) -> bytes:
-        """16 bytes for each parameter of the state, never the same for two releases, states or processes."""
-        assert self.options is not None
-        # A forked process inherits the key; its number sets it apart. With a seed, repeating runs is the point.
-        process = b"" if self.options.seed is not None else os.getpid().to_bytes(8, "little")
-        material = self._key + self._salt + process + release.to_bytes(8, "little")
-        return hashlib.shake_128(material).digest(16 * len(self._refs))
+    def noise_keys(self, release: int) -> Tensor:
+        """int64 [P, 2], generator key and stream of each parameter: never the same for two releases, states or processes."""
+        if self._streams is None:
+            self._streams = streams_of(self.names)
+        return self.noise_key.words(release, self._streams)
 
     def record(self, norms: Tensor, bounds: Tensor | float) -> None:
         """Keeps float32 norms [B, K] and bounds (a number or [K]) for ``last``."""

@@ -20,7 +20,7 @@ TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 # the vectorizer is what makes the kernel fast.
 _FLAGS = ("-ftree-loop-vectorize", "-ffp-contract=fast", "-fno-math-errno")
 
-NoiseKernel = Callable[[int, int, int, int, float, int, int, int], None]
+NoiseKernel = Callable[[int, int, int, int, int, float, int, int, int], None]
 
 
 def _cpu_name() -> str:
@@ -33,7 +33,7 @@ def _cpu_name() -> str:
 
 @functools.cache
 def noise_kernel() -> NoiseKernel | None:
-    """``flashnorm_add_noise(out, in, n, key_stream, std, in_type, out_type, threads)``, or None without a compiler.
+    """``flashnorm_add_noise(out, in, n, words, word_count, std, in_type, out_type, threads)``, or None without a compiler.
 
     Compiles on the first call on a machine (about two seconds), then loads from Inductor's cache folder, whose file
     locks make that safe for several processes. Pointers are passed as integers.
@@ -55,6 +55,7 @@ def noise_kernel() -> NoiseKernel | None:
         ctypes.c_void_p,
         ctypes.c_int64,
         ctypes.c_void_p,
+        ctypes.c_int,
         ctypes.c_float,
         ctypes.c_int,
         ctypes.c_int,

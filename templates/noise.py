@@ -6,12 +6,15 @@
     out = cast(float32(value) + std * z, dtype or value.dtype),    z ~ N(0, 1) independent, float32
 
 value: any shape and strides, floating point (complex: pass ``torch.view_as_real``); float64 is added to in float64.
-keys:  int64 [P, 2] on the device of value; ``keys[row]`` holds a 64-bit generator key and a 64-bit stream.
+keys:  int64 [P, 2] on the device of value; ``keys[row]`` holds a 64-bit generator key and a 64-bit stream. With [P, 5] the value
+       is a part of a larger tensor, and three more words (first, width, pitch) say which: its element i in row-major order is
+       element ``first + i // width * pitch + i % width`` of the whole. ``WHOLE`` are the words of a tensor that is no part.
 std:   float32, 0-d, on the device of value. At std == 0 the value comes back bit for bit, without a draw on a CPU.
 out:   contiguous (``add_noise``); value itself (``add_noise_``).
 
-Element i in row-major order of the logical shape gets z[i], which depends on ``keys[row]`` and i alone: not on
-strides, threads or what else is drawn. One (key, stream) must therefore serve one released tensor once. Four elements
+Element i in row-major order of the logical shape gets z[i] (of the whole tensor: parts of it together get exactly its noise),
+which depends on ``keys[row]`` and i alone: not on strides, threads or what else is drawn. One (key, stream) must therefore serve
+one released tensor once. Four elements
 are one Philox4x32-10 block (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") at counter
 (i // 4, stream), each two of its words one Box-Muller pair. Uniforms have 32 bits, so |z| < 6.77. Not defended against:
 attacks on the rounding of floating-point sums (Mironov 2012), and prediction of the generator, which is fast but not
@@ -38,6 +41,7 @@ _LOW = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+WHOLE = (0, 1 << 62, 0)
 _REFERENCE_CHUNK = 1 << 22  # elements; bounds the int64 temporaries of the reference
 
 
@@ -79,6 +83,16 @@ def reference_normals(key_stream: Tensor, start: int, stop: int) -> Tensor:
     return z[offset : offset + stop - start]
 
 
+def part_normals(words: Tensor, start: int, stop: int) -> Tensor:
+    """float32 [stop - start]: the noise of elements start .. stop of the part that ``words`` (int64 [5]) describe."""
+    key, stream, first, width, pitch = words.unbind()
+    element = torch.arange(start, stop, device=words.device)
+    whole = first + element // width * pitch + element % width
+    drawn = philox(whole // 4, key, stream)
+    z = torch.stack((*box_muller(drawn[0], drawn[1]), *box_muller(drawn[2], drawn[3])), dim=-1)
+    return z.gather(1, (whole % 4).unsqueeze(1)).squeeze(1)
+
+
 def check_arguments(value: Tensor, keys: Tensor, std: Tensor, row: int) -> None:
     """Refuses what ``flashnorm::add_noise`` cannot take, with a TypeError or a ValueError that says why."""
     if not value.dtype.is_floating_point:
@@ -86,10 +100,10 @@ def check_arguments(value: Tensor, keys: Tensor, std: Tensor, row: int) -> None:
             f"flashnorm::add_noise got a value of dtype {value.dtype}; it needs a real floating-point one. "
             "For complex numbers pass torch.view_as_real(value)."
         )
-    if keys.dtype is not torch.int64 or keys.dim() != 2 or keys.shape[1] != 2 or not 0 <= row < keys.shape[0]:
+    if keys.dtype is not torch.int64 or keys.dim() != 2 or keys.shape[1] not in (2, 5) or not 0 <= row < keys.shape[0]:
         raise ValueError(
             f"flashnorm::add_noise got keys of dtype {keys.dtype} and shape {tuple(keys.shape)} with row {row}; "
-            "it needs int64 [P, 2] and 0 <= row < P."
+            "it needs int64 [P, 2], or [P, 5] for parts of tensors, and 0 <= row < P."
         )
     if std.dtype is not torch.float32 or std.dim() != 0:
         raise ValueError(f"flashnorm::add_noise got std of dtype {std.dtype} and shape {tuple(std.shape)}; it needs 0-d float32.")
@@ -101,9 +115,10 @@ def reference_add_noise(value: Tensor, keys: Tensor, std: Tensor, row: int, dtyp
     flat = value.reshape(-1)
     out = torch.empty(flat.shape, dtype=dtype or value.dtype, device=value.device)
     accumulator = torch.promote_types(value.dtype, torch.float32)
+    normals = reference_normals if keys.shape[1] == 2 else part_normals
     for start in range(0, flat.numel(), _REFERENCE_CHUNK):
         part = flat[start : start + _REFERENCE_CHUNK]
-        z = reference_normals(keys[row], start, start + part.numel())
+        z = normals(keys[row], start, start + part.numel())
         noisy = part.to(accumulator) + std * z.to(accumulator)
         out[start : start + _REFERENCE_CHUNK] = torch.where(std == 0, part.to(accumulator), noisy)
     return out.view(value.shape)
@@ -121,9 +136,9 @@ def _launch(out: Tensor, value: Tensor, keys: Tensor, std: float, row: int) -> N
     """Run the C++ kernel from ``value`` into ``out``: contiguous, of TYPE_CODES, one buffer or disjoint ones."""
     kernel = noise_kernel()
     assert kernel is not None
-    key_stream = keys.data_ptr() + row * keys.stride(0) * keys.element_size()
+    words = keys.data_ptr() + row * keys.stride(0) * keys.element_size()
     types = TYPE_CODES[value.dtype], TYPE_CODES[out.dtype]
-    kernel(out.data_ptr(), value.data_ptr(), value.numel(), key_stream, std, *types, torch.get_num_threads())
+    kernel(out.data_ptr(), value.data_ptr(), value.numel(), words, keys.shape[1], std, *types, torch.get_num_threads())
 
 
 def _add_noise_cpu(value: Tensor, keys: Tensor, std: Tensor, row: int, dtype: torch.dtype | None = None) -> Tensor:

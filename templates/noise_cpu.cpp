@@ -2,6 +2,7 @@
 //
 // z[4b .. 4b+3] are the four normals of Philox4x32-10 at counter (b, stream) under `key`: words (0, 1) and (2, 3) are
 // one Box-Muller pair each, computed in float32. z therefore depends on (key, stream, index), not on threads or sizes.
+// A value that is a part of a larger tensor takes that tensor's elements of z (Part).
 //
 // Each loop over kLanes counters holds nothing but straight-line arithmetic, so that any compiler turns it into vector
 // code (32 lanes hide the latency of ten dependent rounds). A tile of normals stays in the first-level cache until
@@ -17,6 +18,11 @@ constexpr int kLanes = 32;
 constexpr int kGroup = 4 * kLanes;  // normals from one group of counters
 constexpr int64_t kTile = 1024;     // normals generated before they are added: 4 KiB
 constexpr int64_t kGrain = 16384;   // elements that are worth one more thread
+
+// Element i of the value is element first + i / width * pitch + i % width of the whole tensor.
+struct Part {
+  int64_t first, width, pitch;
+};
 
 struct bfloat16 {
   uint16_t bits;
@@ -101,6 +107,28 @@ inline void normals(float* __restrict z, uint64_t block, uint64_t key, uint64_t 
   }
 }
 
+// z: the `count` <= kTile normals of a tile that begins at element `start` of the value.
+inline void tile_normals(float* z, int64_t start, int64_t count, const Part& part, uint64_t key, uint64_t stream) {
+  alignas(64) float group[kGroup];
+  for (int64_t done = 0; done < count;) {
+    const int64_t row = (start + done) / part.width, column = (start + done) % part.width;
+    const int64_t run = count - done < part.width - column ? count - done : part.width - column;
+    uint64_t at = static_cast<uint64_t>(part.first + row * part.pitch + column);
+    for (const int64_t end = done + run; done < end;) {
+      const int64_t skip = static_cast<int64_t>(at % 4);
+      int64_t taken = kGroup - skip < end - done ? kGroup - skip : end - done;
+      if (skip == 0 && done + kGroup <= kTile) {
+        normals(z + done, at / 4, key, stream);  // what it writes behind the run is overwritten or not read
+      } else {
+        normals(group, at / 4, key, stream);
+        std::memcpy(z + done, group + skip, static_cast<size_t>(taken) * sizeof(float));
+      }
+      done += taken;
+      at += static_cast<uint64_t>(taken);
+    }
+  }
+}
+
 inline float load(float x) { return x; }
 inline double load(double x) { return x; }
 inline float load(bfloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
@@ -118,7 +146,8 @@ inline T store(Acc x) {
 }
 
 template <class In, class Out>
-void add_noise(void* out_ptr, const void* in_ptr, int64_t n, uint64_t key, uint64_t stream, float std, int threads) {
+void add_noise(void* out_ptr, const void* in_ptr, int64_t n, uint64_t key, uint64_t stream, const Part& part, float std,
+               int threads) {
   using Acc = decltype(load(In{}));
   Out* out = static_cast<Out*>(out_ptr);
   const In* in = static_cast<const In*>(in_ptr);
@@ -129,9 +158,7 @@ void add_noise(void* out_ptr, const void* in_ptr, int64_t n, uint64_t key, uint6
   for (int64_t start = 0; start < n; start += kTile) {
     alignas(64) float z[kTile];
     const int64_t count = n - start < kTile ? n - start : kTile;
-    for (int64_t j = 0; j < count; j += kGroup) {
-      normals(z + j, static_cast<uint64_t>(start + j) / 4, key, stream);
-    }
+    tile_normals(z, start, count, part, key, stream);
     // `out` may be `in`: every element is read before it is written.
 #pragma omp simd
     for (int64_t j = 0; j < count; ++j) {
@@ -140,7 +167,7 @@ void add_noise(void* out_ptr, const void* in_ptr, int64_t n, uint64_t key, uint6
   }
 }
 
-using Kernel = void (*)(void*, const void*, int64_t, uint64_t, uint64_t, float, int);
+using Kernel = void (*)(void*, const void*, int64_t, uint64_t, uint64_t, const Part&, float, int);
 
 // Rows: type of the input; columns: type of the output; both in the order of TYPE_CODES in _cpu.py.
 constexpr Kernel kKernels[3][3] = {
@@ -151,8 +178,11 @@ constexpr Kernel kKernels[3][3] = {
 
 }  // namespace
 
-// out, in: n contiguous elements each, the same buffer or disjoint ones; key_stream: 64-bit key, then 64-bit stream.
-extern "C" void flashnorm_add_noise(void* out, const void* in, int64_t n, const uint64_t* key_stream, float std,
+// out, in: n contiguous elements each, the same buffer or disjoint ones; words: 64-bit key and stream, and then, if there are
+// five, where the value lies in the whole tensor.
+extern "C" void flashnorm_add_noise(void* out, const void* in, int64_t n, const uint64_t* words, int count, float std,
                                     int in_type, int out_type, int threads) {
-  kKernels[in_type][out_type](out, in, n, key_stream[0], key_stream[1], std, threads);
+  Part part = {0, INT64_MAX, 0};
+  if (count == 5) std::memcpy(&part, words + 2, sizeof(part));
+  kKernels[in_type][out_type](out, in, n, words[0], words[1], part, std, threads);
 }

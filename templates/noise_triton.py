@@ -6,8 +6,7 @@
     accumulator   float32, float64 for float64 values
     bytes    value read once, result written once; keys and std are scalars. In place with std == 0: 4 bytes per program
 
-Integer words equal the CPU kernel's bit for bit. Normals use the same polynomials (no slow path of sin, cos or log, and no local
-memory), so that they agree to the rounding of float32 operations.
+PARTS: keys have five words (noise.py), and values may be parts of larger tensors.
 """
 
 from __future__ import annotations
@@ -26,6 +25,8 @@ from torch._inductor import ir
 from torch._inductor.utils import sympy_product
 from torch.utils._sympy.functions import CeilDiv
 
+from ._normals import PHILOX, normals, part_normals, random_words, rounded, with_noise  # noqa: F401  (random_words: for tests)
+
 
 @dataclass(frozen=True)
 class NoiseTile:
@@ -35,82 +36,26 @@ class NoiseTile:
 
 
 TILE = NoiseTile()
-PHILOX = tl.constexpr("philox4x32-10")
 PROGRAMS_PER_SM = 8  # 8 * 4 warps keep enough loads in flight to cover the latency of ten dependent rounds
 
 
 @triton.jit
-def random_words(key: tl.tensor, stream: tl.tensor, counter: tl.tensor, GENERATOR: tl.constexpr) -> tuple:
-    """Four blocks of uint32 words for each int64 ``counter`` under a 64-bit key and stream."""
-    tl.static_assert(GENERATOR == PHILOX, "unknown generator")
-    low = counter.to(tl.uint32)
-    high = (counter >> 32).to(tl.uint32)
-    zero = low * 0
-    return tl.philox(key, low, high, zero + stream.to(tl.uint32), zero + (stream >> 32).to(tl.uint32), 10)
-
-
-@triton.jit
-def box_muller(a: tl.tensor, b: tl.tensor) -> tuple:
-    """Two float32 standard normals from each pair of uint32 words; the polynomials and their errors are noise_cpu.cpp's."""
-    u = a.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10  # 2^-32, 2^-33
-    # u = m * 2^e with m in [sqrt(1/2), sqrt(2))
-    shifted = u.to(tl.int32, bitcast=True) - 0x3F3504F3
-    e = (shifted >> 23).to(tl.float32)
-    t = ((shifted & 0x007FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0
-    p = -0.17444486916065216 * t + 0.28733575344085693
-    p = p * t - 0.2990456521511078
-    p = p * t + 0.33124804496765137
-    p = p * t - 0.39913666248321533
-    p = p * t + 0.5000414848327637
-    p = p * t - 0.6666837334632874
-    p = p * t + 0.9999997615814209
-    p = p * t - 2.0
-    radius = tl.sqrt(e * -1.3862943611198906 + p * t)
-    # The top bit of b is half a turn, which turns both results round; the other 31 are w quarter turns, w in [-1, 1).
-    radius = (radius.to(tl.uint32, bitcast=True) | (b & 0x80000000)).to(tl.float32, bitcast=True)
-    w = (b << 1).to(tl.int32, bitcast=True).to(tl.float32) * 4.656612873077393e-10  # 2^-31
-    s = w * w
-    sine = 0.0001508226414443925 * s - 0.004672233015298843
-    sine = sine * s + 0.07968848198652267
-    sine = sine * s - 0.6459633708000183
-    sine = sine * s + 1.570796251296997
-    cosine = -0.0008566648466512561 * s + 0.01995125412940979
-    cosine = cosine * s - 0.2336980253458023
-    cosine = cosine * s + 0.9999999403953552
-    return radius * (cosine * (1.0 - s)), radius * (sine * w)
-
-
-@triton.jit
-def normals(
-    key: tl.tensor, stream: tl.tensor, first_counter: tl.tensor, COUNTERS: tl.constexpr, GENERATOR: tl.constexpr
-) -> tl.tensor:
-    """float32 [4 * COUNTERS]: z of elements 4 * first_counter and on, in their order."""
-    counter = first_counter + tl.arange(0, COUNTERS).to(tl.int64)
-    a, b, c, d = random_words(key, stream, counter, GENERATOR)
-    z0, z1 = box_muller(a, b)
-    z2, z3 = box_muller(c, d)
-    # [COUNTERS, pair, half of the pair]
-    return tl.join(tl.join(z0, z2), tl.join(z1, z3)).reshape(4 * COUNTERS)
-
-
-@triton.jit
-def with_noise(value: tl.tensor, z: tl.tensor, std: tl.tensor) -> tl.tensor:
-    """``value + std * z`` in the type of ``value`` (float32 or float64); at std == 0 ``value`` itself, bit for bit."""
-    return tl.where(std == 0, value, value + std.to(value.dtype) * z.to(value.dtype))
-
-
-@triton.jit
-def rounded(value: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
-    """``value`` (float32 or float64) in DTYPE, to nearest even; 16-bit types by way of float32, as on the CPU."""
-    return value.to(tl.float32).to(DTYPE) if DTYPE.primitive_bitwidth == 16 else value.to(DTYPE)
+def _drawn(keys: tl.tensor, word_stride: tl.tensor, start: tl.tensor, PARTS: tl.constexpr, COUNTERS: tl.constexpr,
+           GENERATOR: tl.constexpr) -> tl.tensor:  # fmt: skip
+    """float32 [4 * COUNTERS]: the noise of elements ``start`` and on, ``start`` a multiple of four."""
+    if PARTS:
+        z = part_normals(keys, word_stride, start, COUNTERS, GENERATOR)
+    else:
+        z = normals(tl.load(keys), tl.load(keys + word_stride), start // 4, COUNTERS, GENERATOR)
+    return z
 
 
 @triton.jit
 def _tiles(
     out_ptr: tl.tensor,
     value_ptr: tl.tensor,
-    key: tl.tensor,
-    stream: tl.tensor,
+    keys: tl.tensor,
+    word_stride: tl.tensor,
     std: tl.tensor,
     n: tl.tensor,
     columns: tl.tensor,
@@ -118,6 +63,7 @@ def _tiles(
     inner: tl.tensor,
     STRIDED: tl.constexpr,
     IN_PLACE: tl.constexpr,
+    PARTS: tl.constexpr,
     COUNTERS: tl.constexpr,
     GENERATOR: tl.constexpr,
 ) -> None:
@@ -129,7 +75,7 @@ def _tiles(
         inside = element < n
         source = (element // columns) * outer + (element % columns) * inner if STRIDED else element
         value = tl.load(value_ptr + source, mask=inside, other=0).to(wide)
-        z = normals(key, stream, start // 4, COUNTERS, GENERATOR)
+        z = _drawn(keys, word_stride, start, PARTS, COUNTERS, GENERATOR)
         target = source if IN_PLACE else element
         tl.store(out_ptr + target, rounded(with_noise(value, z, std), out_ptr.dtype.element_ty), mask=inside)
 
@@ -149,6 +95,7 @@ def add_noise_kernel(
     inner: tl.tensor,
     STRIDED: tl.constexpr,
     IN_PLACE: tl.constexpr,
+    PARTS: tl.constexpr,
     COUNTERS: tl.constexpr,
     GENERATOR: tl.constexpr,
 ) -> None:
@@ -160,8 +107,9 @@ def add_noise_kernel(
     std = tl.load(std_ptr)
     if std != 0 or not IN_PLACE:
         keys = keys_ptr + row * key_stride
-        key, stream = tl.load(keys), tl.load(keys + word_stride)
-        _tiles(out_ptr, value_ptr, key, stream, std, n, columns, outer, inner, STRIDED, IN_PLACE, COUNTERS, GENERATOR)
+        _tiles(
+            out_ptr, value_ptr, keys, word_stride, std, n, columns, outer, inner, STRIDED, IN_PLACE, PARTS, COUNTERS, GENERATOR
+        )  # fmt: skip
 
 
 @triton.jit
@@ -178,6 +126,7 @@ def weighted_sum_noise_kernel(
     batch: tl.tensor,
     sample_stride: tl.tensor,
     n: tl.tensor,
+    PARTS: tl.constexpr,
     COUNTERS: tl.constexpr,
     GENERATOR: tl.constexpr,
 ) -> None:
@@ -188,7 +137,6 @@ def weighted_sum_noise_kernel(
     ELEMENTS: tl.constexpr = 4 * COUNTERS
     std = tl.load(std_ptr)
     keys = keys_ptr + row * key_stride
-    key, stream = tl.load(keys), tl.load(keys + word_stride)
     for tile in range(tl.program_id(0).to(tl.int64), tl.cdiv(n, ELEMENTS), tl.num_programs(0)):
         start = tile * ELEMENTS
         element = start + tl.arange(0, ELEMENTS)
@@ -201,7 +149,7 @@ def weighted_sum_noise_kernel(
             weighted = tl.load(sample + element, mask=inside, other=0.0).to(tl.float32) * factor
             total += tl.where(factor != 0, weighted, 0.0)
         if std != 0:
-            total = with_noise(total, normals(key, stream, start // 4, COUNTERS, GENERATOR), std)
+            total = with_noise(total, _drawn(keys, word_stride, start, PARTS, COUNTERS, GENERATOR), std)
         tl.store(out_ptr + element, rounded(total, out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -244,6 +192,10 @@ def launch_in_graph(kernel: Any, programs: Any, **arguments: Any) -> None:
     ir.UserDefinedTritonKernel(kernel_idx=index, grid=[(programs, 1, 1)], tma_descriptor_metadata={}, kernel_args=arguments)
 
 
+def _parts(keys: Any) -> bool:
+    return bool(keys.get_size()[1] == 5)
+
+
 def lower_add_noise(out: Any, value: Any, keys: Any, std: Any, row: int) -> None:
     """Inductor: ``out = value + std * z``; both contiguous and realized, perhaps the same buffer."""
     n = sympy_product(value.get_size())
@@ -252,7 +204,7 @@ def lower_add_noise(out: Any, value: Any, keys: Any, std: Any, row: int) -> None
     launch_in_graph(
         add_noise_kernel, grid_for(n, TILE, value.get_device()), out_ptr=out, value_ptr=value, keys_ptr=keys, std_ptr=std, row=row,
         key_stride=key_stride, word_stride=word_stride, n=n, columns=n, outer=n, inner=1, STRIDED=False, IN_PLACE=out is value,
-        COUNTERS=TILE.counters, GENERATOR=PHILOX.value,
+        PARTS=_parts(keys), COUNTERS=TILE.counters, GENERATOR=PHILOX.value,
     )  # fmt: skip
 
 
@@ -265,7 +217,7 @@ def lower_weighted_sum_noise(out: Any, w: Any, factors: Any, keys: Any, std: Any
     launch_in_graph(
         weighted_sum_noise_kernel, grid_for(n, TILE, w.get_device()), out_ptr=out, w_ptr=w, factors_ptr=factors, keys_ptr=keys,
         std_ptr=std, row=row, factor_stride=factors.get_stride()[0], key_stride=key_stride, word_stride=word_stride,
-        batch=w.get_size()[0], sample_stride=n, n=n, COUNTERS=TILE.counters, GENERATOR=PHILOX.value,
+        batch=w.get_size()[0], sample_stride=n, n=n, PARTS=_parts(keys), COUNTERS=TILE.counters, GENERATOR=PHILOX.value,
     )  # fmt: skip
 
 
@@ -279,7 +231,7 @@ def weighted_sum_noise_triton(w_bn: Tensor, factors_b: Tensor, keys: Tensor, std
     if out.numel():
         weighted_sum_noise_kernel[(grid_for(out.numel(), tile, out.device),)](
             out, w_bn, factors_b, keys, std, row, factors_b.stride(0), *keys.stride(), w_bn.shape[0], w_bn.stride(0),
-            out.numel(), COUNTERS=tile.counters, GENERATOR=generator,
+            out.numel(), PARTS=keys.shape[1] == 5, COUNTERS=tile.counters, GENERATOR=generator,
         )  # fmt: skip
     return out
 
@@ -291,7 +243,8 @@ def _launch(out: Tensor, value: Tensor, keys: Tensor, std: Tensor, row: int, til
     assert rows is not None
     add_noise_kernel[(grid_for(value.numel(), tile, value.device),)](
         out, value, keys, std, row, keys.stride(0), keys.stride(1), value.numel(), *rows,
-        STRIDED=not value.is_contiguous(), IN_PLACE=out is value, COUNTERS=tile.counters, GENERATOR=generator,
+        STRIDED=not value.is_contiguous(), IN_PLACE=out is value, PARTS=keys.shape[1] == 5, COUNTERS=tile.counters,
+        GENERATOR=generator,
     )  # fmt: skip
 
 

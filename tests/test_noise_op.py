@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -154,6 +155,42 @@ def test_strided_keys() -> None:
     assert torch.equal(draw(100, 1, KEYS[2:]), draw(100, 3))
 
 
+def boxes() -> Iterator[tuple[tuple[slice, ...], list[int]]]:
+    """Parts of a tensor of shape [37, 10, 6], and the words that say where they lie."""
+    for rows in (slice(0, 37), slice(0, 12), slice(12, 24), slice(24, 37), slice(5, 6), slice(7, 7)):
+        yield (rows,), [rows.start * 60, 1 << 62, 0]
+        for columns in (slice(0, 5), slice(5, 10), slice(3, 7)):
+            yield (rows, columns), [rows.start * 60 + columns.start * 6, (columns.stop - columns.start) * 6, 60]
+        yield (rows, slice(None), slice(2, 5)), [rows.start * 60 + 2, 3, 6]
+
+
+@pytest.mark.parametrize("by_kernel", [True, False], ids=["C++", "PyTorch"])
+def test_parts_get_the_noise_of_the_whole(by_kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not by_kernel:
+        monkeypatch.setattr(noise, "noise_kernel", lambda: None)
+    value = torch.linspace(-1, 1, 37 * 60).view(37, 10, 6)
+    whole = ops.add_noise(value, KEYS, torch.tensor(0.5), 1)
+    for index, words in boxes():
+        keys = torch.cat([KEYS, torch.tensor([words]).expand(4, 3)], 1)
+        part = ops.add_noise(value[index], keys, torch.tensor(0.5), 1)
+        assert torch.equal(part, whole[index]), words
+        assert torch.equal(noise.part_normals(keys[1], 0, part.numel()), noise.reference_normals(KEYS[1], 0, 2220).view(37, 10, 6)[
+            index].flatten())  # fmt: skip
+    keys = torch.cat([KEYS, torch.tensor([noise.WHOLE]).expand(4, 3)], 1)
+    assert torch.equal(draw(70001, 3, keys), draw(70001, 3))
+    assert torch.equal(ops.add_noise_(value.clone(), keys, torch.tensor(0.5), 1), whole)
+
+
+def test_a_part_far_inside_a_large_tensor() -> None:
+    """Element numbers have 64 bits: the part need not be near the beginning, nor at a multiple of four."""
+    first = (1 << 40) + 3
+    keys = torch.cat([KEYS, torch.tensor([[first, 1 << 62, 0]]).expand(4, 3)], 1)
+    block = torch.arange((first - 3) // 4, (first - 3) // 4 + 500)
+    words = noise.philox(block, KEYS[2, 0], KEYS[2, 1])
+    z = torch.stack((*noise.box_muller(*words[:2]), *noise.box_muller(*words[2:])), dim=-1).flatten()[3:1999]
+    torch.testing.assert_close(draw(1996, 2, keys), z, rtol=0, atol=2e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_zero_std_returns_the_value_bit_for_bit(dtype: torch.dtype) -> None:
     value = torch.tensor([-0.0, 0.0, math.inf, 1 / 3, -1e-8], dtype=dtype)
@@ -189,6 +226,8 @@ def test_wrong_arguments_are_named() -> None:
         ops.add_noise(torch.zeros(2, dtype=torch.complex64), KEYS, ONE, 0)
     with pytest.raises(ValueError, match=r"row 4.*0 <= row < P"):
         draw(4, len(KEYS))
+    with pytest.raises(ValueError, match=r"\(4, 3\) with row 0; it needs int64 \[P, 2\], or \[P, 5\] for parts of tensors"):
+        draw(4, 0, KEYS[:, [0, 1, 1]])
     with pytest.raises(ValueError, match="row -1"):
         ops.add_noise_(torch.zeros(4), KEYS, ONE, -1)
     with pytest.raises(ValueError, match=r"dtype torch.int32"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import pickle
 import weakref
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flashnorm_compile.binding import Binding, binding_for
+from flashnorm_compile.noise_key import NoiseKey, streams_of
 from flashnorm_compile.state import PrivacyState, privacy
 
 NORMS = torch.tensor([[9.0, 16.0], [0.01, 0.0], [0.0, 0.0], [math.nan, 1.0], [math.inf, 1.0]])
@@ -111,7 +113,35 @@ def test_keys_never_repeat() -> None:
     first, _kept = bind(seed=7)
     second, _kept2 = bind(seed=7)  # the same seed in another state
     keys = torch.cat([release(binding)[1] for binding in (first, second) for _ in range(20)])
-    assert len(set(keys.flatten().tolist())) == keys.numel()
+    assert len(set(keys[:, 0].tolist())) == 40  # one generator key for each release
+    assert len(set(keys[:, 1].tolist())) == 80  # one stream for each parameter in it
+
+
+def test_noise_follows_the_name_of_a_parameter() -> None:
+    """Not its place among the others, nor the process; two parameters of one name are two."""
+    streams = dict(zip("abc", streams_of(["a", "b", "c"]), strict=True))
+    assert streams_of(["c", "a"]).tolist() == [streams["c"], streams["a"]]
+    assert len(set(streams_of(["a", "a", "b", "a"]).tolist())) == 4
+    one, other = NoiseKey(), NoiseKey()
+    assert not torch.equal(one.words(1, streams_of("a")), other.words(1, streams_of("a")))
+    other.take(one.share())
+    one.take(one.share())
+    assert torch.equal(one.words(1, streams_of("ab"))[1:], other.words(1, streams_of("b")))
+    assert not torch.equal(one.words(1, streams_of("a")), one.words(2, streams_of("a")))
+    before = one.words(1, streams_of("a"))
+    one.refresh()
+    assert not torch.equal(one.words(1, streams_of("a")), before)
+
+
+def test_a_fork_draws_other_noise() -> None:
+    key, streams = NoiseKey(), streams_of(["a"])
+    key.take(key.share())
+    read, write = os.pipe()
+    if os.fork() == 0:
+        os.write(write, key.words(1, streams).numpy().tobytes())
+        os._exit(0)
+    os.wait()
+    assert os.read(read, 64) != key.words(1, streams).numpy().tobytes()
 
 
 def test_identical_blocks_have_their_own_rows() -> None:

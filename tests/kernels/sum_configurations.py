@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -158,14 +159,17 @@ def noise_configurations() -> list[Configuration]:
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
             for out in dict.fromkeys([dtype, torch.bfloat16]):
                 types = {"out_ptr": "*" + NAMES[out], "value_ptr": "*" + NAMES[dtype], **scalars, **strides}
-                for strided, in_place in ((False, False), (True, False), (False, True), (True, True)):
-                    if (out == dtype or not in_place) and (dtype == torch.float32 or not strided):
-                        flags = {"STRIDED": strided, "IN_PLACE": in_place}
+                layouts = ((False, False), (True, False), (False, True), (True, True))
+                for (strided, in_place), parts in itertools.product(layouts, (False, True)):
+                    if (out == dtype or not in_place) and (dtype == torch.float32 or not (strided or parts)):
+                        flags = {"STRIDED": strided, "IN_PLACE": in_place, "PARTS": parts}
                         found.append(Configuration(noise_triton.add_noise_kernel, types, {**common, **flags}, capability))
         for dtype in (torch.float32, torch.bfloat16):
             pointers = {"out_ptr": "*bf16", "w_ptr": "*" + NAMES[dtype], "factors_ptr": "*fp32"}
             types = {**pointers, **scalars, "batch": "i32", "sample_stride": "i32"}
-            found.append(Configuration(noise_triton.weighted_sum_noise_kernel, types, {**common, "factor_stride": 1}, capability))
+            for parts in (False, True):
+                flags = {"PARTS": parts, "factor_stride": 1}
+                found.append(Configuration(noise_triton.weighted_sum_noise_kernel, types, {**common, **flags}, capability))
     # The second parameter of a group has row 1, and a scalar one element: launches make constants of both.
     first = found[0]
     ones = {"row": 1, "n": 1, "columns": 1, "inner": 1}

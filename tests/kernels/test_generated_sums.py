@@ -112,7 +112,7 @@ def test_weighted_sum_and_noise_are_one_launch() -> None:
     arguments = [int(word) if word.isdigit() else word for word in call[1].split(", ")]
     result = buffer(out.codes[0], str(arguments[0]))
     values = [result, w, factors, KEYS, torch.tensor(0.5), *arguments[5:]]
-    interpret(weighted_sum_kernel(), range(int(call[2])), *values, 256, "philox4x32-10")
+    interpret(weighted_sum_kernel(), range(int(call[2])), *values, False, 256, "philox4x32-10")
     expected = noise.reference_add_noise(weighted_sum.reference(w, factors), KEYS, torch.tensor(0.5), 1)
     torch.testing.assert_close(result.double(), expected, rtol=8e-3, atol=1e-5)
 

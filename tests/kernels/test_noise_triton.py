@@ -138,6 +138,28 @@ def test_strided_keys() -> None:
     torch.testing.assert_close(out, noise.reference_normals(KEYS[2], 0, 50), rtol=0, atol=ATOL)
 
 
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        ((slice(8, 20),), (8 * 24, 1 << 62, 0)),
+        ((slice(0, 30), slice(8, 20)), (8, 12, 24)),
+        ((slice(3, 30), slice(4, 24)), (3 * 24 + 4, 20, 24)),
+        ((slice(5, 16), slice(5, 18)), (5 * 24 + 5, 13, 24)),
+        ((slice(7, 7),), (7 * 24, 1 << 62, 0)),
+    ],
+)
+def test_parts_get_the_noise_of_the_whole(index: tuple[slice, ...], words: tuple[int, ...]) -> None:
+    """Rows, and columns that begin and end at a multiple of four or not."""
+    value, level = torch.randn(30, 24), torch.tensor(0.5)
+    keys = torch.cat([KEYS, torch.tensor([words]).expand(3, 3)], 1)
+    whole = ops.add_noise(value, KEYS, level, 1)
+    with interpreted_launches():
+        part = module.add_noise_triton(value[index], keys, level, 1, tile=SMALL)
+        summed = module.weighted_sum_noise_triton(value[index].unsqueeze(0), torch.ones(1), keys, level, 1, tile=SMALL)
+    torch.testing.assert_close(part, whole[index], rtol=1e-6, atol=ATOL)
+    torch.testing.assert_close(summed, whole[index], rtol=1e-6, atol=ATOL)
+
+
 def test_only_known_generators_are_drawn_from() -> None:
     with interpreted_launches(), pytest.raises(AssertionError, match="unknown generator"):
         module.add_noise_triton(torch.zeros(4), KEYS, torch.tensor(1.0), 0, generator="counter")
