@@ -60,6 +60,7 @@ _VIEWS = {
 
 
 def _walk(node: fx.Node, swapped: bool, uses: dict[fx.Node, Use], ctx: Context, alone: bool) -> list[Factor] | None:
+    """``alone``: nothing is added to what is reached here, so how it is laid out in the parameter does not matter to its norm."""
     if node in uses:
         factor = _factor(uses[node], swapped, ctx)
         return None if factor is None or (factor.kind == "rows" and swapped and not alone) else [factor]
@@ -71,7 +72,7 @@ def _walk(node: fx.Node, swapped: bool, uses: dict[fx.Node, Use], ctx: Context, 
         if plain or alone:
             return _walk(source, swapped != plain, uses, ctx, alone)  # type: ignore[arg-type]
     if node.target is aten.add.Tensor and not node.kwargs.get("alpha") and ctx.shape(node.args[0]) == ctx.shape(node.args[1]):
-        sides = [_walk(side, swapped, uses, ctx, alone) for side in node.args[:2]]  # type: ignore[arg-type]
+        sides = [_walk(side, swapped, uses, ctx, alone=False) for side in node.args[:2]]  # type: ignore[arg-type]
         return sides[0] + sides[1] if sides[0] and sides[1] else None
     return None
 

@@ -364,6 +364,14 @@ INDEPENDENT: dict[str, Program] = {
         step("v4", "reshape", "v3", sizes=(3, B, 3, 1)),
         step("v5", "mul", "v4", "w1"),
     ),
+    "rows of a table plus its transpose": program(
+        2,
+        [Input("ids", (B,), bound=4)],
+        [Param("w0", (4, 4)), Param("w1", (4, 2))],
+        step("v0", "symmetric", "w0"),
+        step("v1", "rows", "ids", "v0"),
+        step("v2", "matmul", "v1", "w1"),
+    ),
     "head tied by a transpose": program(
         4,
         [TOKENS, Input("targets", (B, 3), bound=4, ignored=True)],
