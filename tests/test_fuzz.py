@@ -365,7 +365,7 @@ INDEPENDENT: dict[str, Program] = {
         step("v5", "mul", "v4", "w1"),
     ),
     "rows of a table plus its transpose": program(
-        2,
+        4,
         [Input("ids", (B,), bound=4)],
         [Param("w0", (4, 4)), Param("w1", (4, 2))],
         step("v0", "symmetric", "w0"),
