@@ -12,7 +12,7 @@ ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint fuzz bench bench-cpu bench-cuda clean
+.PHONY: help demo test lint fuzz bench bench-cpu bench-cuda roofline clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list.
@@ -56,6 +56,10 @@ bench-cpu: $(VENV)/.dev ## Time a private training step against the compiled non
 
 bench-cuda: $(VENV)/.bench ## Measure at the papers' sizes on a GPU (25 minutes); ARGS=--dry-run generates the code without one.
 	$(BIN)/python -m benchmarks run all --device cuda --minutes 24 $(ARGS)
+
+roofline: $(VENV)/.dev ## Predict the cost of privacy on an H200 from generated code; on a GPU, measure each kernel as well.
+	$(BIN)/python -m benchmarks.roofline $(ARGS)
+	if $(BIN)/python -c "import torch, sys; sys.exit(not torch.cuda.is_available())"; then $(BIN)/python -m benchmarks.kernels; fi
 
 # The type checker reads a real installation, made from a wheel in .lint/site: an editable one hides the folders that
 # package-dir maps, and only a real one shows a package or a data file that pyproject.toml forgot.

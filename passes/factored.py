@@ -46,7 +46,7 @@ def factored(gradient: ParameterGradient, ctx: Context) -> tuple[Factor, ...] | 
     return tuple(found) if found else None
 
 
-_SAME = {
+SAME = {
     aten.clone.default,
     aten.alias.default,
     aten.detach.default,
@@ -65,7 +65,7 @@ def _walk(node: fx.Node, swapped: bool, uses: dict[fx.Node, Use], ctx: Context, 
         factor = _factor(uses[node], swapped, ctx)
         return None if factor is None or (factor.kind == "rows" and swapped and not alone) else [factor]
     source = node.args[0] if node.args else None
-    if node.target in _SAME or (node.target in _VIEWS and (alone or ctx.shape(node) == ctx.shape(source))):
+    if node.target in SAME or (node.target in _VIEWS and (alone or ctx.shape(node) == ctx.shape(source))):
         return _walk(source, swapped, uses, ctx, alone)  # type: ignore[arg-type]
     if node.target in (aten.permute.default, aten.t.default):
         plain = len(ctx.shape(node)) == 2 and (node.target is aten.t.default or [d % 2 for d in node.args[1]] == [1, 0])  # type: ignore[union-attr]

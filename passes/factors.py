@@ -28,10 +28,11 @@ class Outer:
 
 @dataclass(frozen=True)
 class Rows:
-    """Row ``ids_bt`` receives ``g_btd``: ids [B, T] (int64), values [B, T, d]."""
+    """Row ``ids_bt`` of ``count`` receives ``g_btd``: ids [B, T] (int64, not negative), values [B, T, d]."""
 
     ids_bt: Tensor
     g_btd: Tensor
+    count: int | torch.SymInt
 
 
 def convolution_factors(grad: Tensor, source: Tensor, kernel: Sequence[int], settings: Sequence[Any]) -> Outer:
@@ -77,15 +78,15 @@ def squared_norms(terms: Sequence[Outer | Rows]) -> Tensor:
         outer = Outer(_joined([o.g_btp for o in outers]), _joined([o.a_btd for o in outers]))
         if not rows and outer.g_btp.shape[1] == 1:
             return outer.g_btp.square().sum((1, 2)) * outer.a_btd.square().sum((1, 2))
-        reach.append(_reach(outer))
+        reach.append(reach_of(outer))
         outer = Outer(outer.g_btp.double(), outer.a_btd.double())
         parts.append(outer_norms(outer))
     if rows:
-        row = Rows(torch.cat([r.ids_bt for r in rows], 1), _joined([r.g_btd for r in rows]))
-        reach.append(row.g_btd.square().sum(2).sqrt().sum(1))
+        row = Rows(torch.cat([r.ids_bt for r in rows], 1), _joined([r.g_btd for r in rows]), rows[0].count)
+        reach.append(reach_of_rows(row))
         parts.append(row_norms(row).double())
     if outers and rows:
-        parts.append(2 * cross_products(outer, Rows(row.ids_bt, row.g_btd.double())))
+        parts.append(2 * cross_products(outer, Rows(row.ids_bt, row.g_btd.double(), row.count)))
     least = (CANCELLED * sum(reach[1:], reach[0]).double()).square()
     return torch.maximum(sum(parts[1:], parts[0]), least)
 
@@ -97,12 +98,21 @@ def squared_products(terms: Sequence[Outer]) -> Tensor:
     """
     outer = Outer(_joined([o.g_btp for o in terms]), _joined([o.a_btd for o in terms]))
     norms = torch.ops.flashnorm.flash_norm(outer.g_btp, outer.a_btd)
-    return torch.maximum(norms, (CANCELLED * _reach(outer)).square().float())
+    return torch.maximum(norms, (CANCELLED * reach_of(outer)).square().float())
 
 
-def _reach(outer: Outer) -> Tensor:
+def reach_of(outer: Outer) -> Tensor:
     """[B]: ``sum_t |g_t| |a_t|``, which no norm exceeds."""
-    return (outer.g_btp.square().sum(2).sqrt() * outer.a_btd.square().sum(2).sqrt()).sum(1)
+    return (_lengths(outer.g_btp) * _lengths(outer.a_btd)).sum(1)
+
+
+def reach_of_rows(row: Rows) -> Tensor:
+    """[B]: ``sum_t |g_t|``, which no norm exceeds."""
+    return _lengths(row.g_btd).sum(1)
+
+
+def _lengths(x_btw: Tensor) -> Tensor:
+    return wide(x_btw).square().sum(2).sqrt()
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.functions import FloorDiv
 
 from .errors import UnsupportedGraphError
+from .factored import SAME
 from .match import Use
 from .rules.join import SHARING_SUMS
 from .sample_types import Axis, Expr, expression
@@ -163,6 +164,28 @@ def tail_per_sample(tail: Sequence[fx.Node], uses: Sequence[Use], values: Values
         return parts[0]
     weight = 1 / sizes.batch
     return torch.vmap(lambda *own: run_tail(tail, uses, own, values, result, weight, narrow=True))(*parts)
+
+
+def moved_for_each(tail: Sequence[fx.Node], use: Use, part: Tensor, values: Values, result: fx.Node) -> Tensor:
+    """``[B, *parameter]`` from each sample's share [B, *out] of the only use, where the tail only moves and casts elements.
+
+    Casts are left out: what reads the gradients rounds once, at the end.
+    """
+    moves = [node for node in tail if node.target not in SAME]
+    if not moves:
+        return part
+
+    def one(own: Tensor) -> Tensor:
+        here: Values = {use.node: own}
+        for node in tail:
+            if node.target in SAME:
+                here[node] = here[node.args[0]]  # type: ignore[index]
+            else:
+                args, kwargs = lookup((node.args, node.kwargs), {**values, **here})
+                here[node] = call(node.target, args, kwargs)
+        return here[result]
+
+    return torch.vmap(one)(part)
 
 
 def run_tail(

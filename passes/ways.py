@@ -29,7 +29,7 @@ def ways_of(gradient: ParameterGradient, ctx: Context) -> list[Way]:
     """Every way that fits a gradient with uses: ``materialize`` always, others where it is a sum of products and rows."""
     factors = factored(gradient, ctx)
     product = _product(gradient, factors, ctx) if factors else None
-    found = [_materialize(gradient, product, ctx)]
+    found = [_materialize(gradient, factors or (), product, ctx)]
     if factors is not None:
         found.append(_ghost(gradient, factors, product, ctx))
         if product is not None and all(f.kind == "outer" and not is_convolution(f) for f in factors) and product.length != 1:
@@ -57,7 +57,7 @@ def _kept(gradient: ParameterGradient) -> tuple[fx.Node, ...]:
     return tuple(dict.fromkeys(nodes))
 
 
-def _materialize(gradient: ParameterGradient, product: Product | None, ctx: Context) -> Way:
+def _materialize(gradient: ParameterGradient, factors: tuple[Factor, ...], product: Product | None, ctx: Context) -> Way:
     assert gradient.node is not None
     value = gradient.node.meta["val"]
     size = sympy.Mul(*ctx.shape(gradient.node))
@@ -66,10 +66,13 @@ def _materialize(gradient: ParameterGradient, product: Product | None, ctx: Cont
         return Way(
             "materialize",
             Cost((product.per_sample(), *dense_norm_and_sum(ctx.batch, size)), (product.summed(),), product.dense_bytes),
+            factors,
         )
     write = Kernel(traffic=dense)
     return Way(
-        "materialize", Cost((write, *dense_norm_and_sum(ctx.batch, size)), (Kernel(traffic=value.dtype.itemsize * size),), dense)
+        "materialize",
+        Cost((write, *dense_norm_and_sum(ctx.batch, size)), (Kernel(traffic=value.dtype.itemsize * size),), dense),
+        factors,
     )
 
 

@@ -138,23 +138,36 @@ def weighted_sum_noise_kernel(
     std = tl.load(std_ptr)
     keys = keys_ptr + row * key_stride
     for tile in range(tl.program_id(0).to(tl.int64), tl.cdiv(n, ELEMENTS), tl.num_programs(0)):
-        start = tile * ELEMENTS
-        element = start + tl.arange(0, ELEMENTS)
-        inside = element < n
-        total = tl.zeros((ELEMENTS,), tl.float32)
-        # Four samples' loads are in flight at a time.
-        for b in tl.range(0, batch, loop_unroll_factor=4):
-            factor = tl.load(factors_ptr + b * factor_stride)
-            sample = w_ptr + tl.cast(b, tl.int64) * sample_stride
-            weighted = tl.load(sample + element, mask=inside, other=0.0).to(tl.float32) * factor
-            total += tl.where(factor != 0, weighted, 0.0)
-        if std != 0:
-            total = with_noise(total, _drawn(keys, word_stride, start, PARTS, COUNTERS, GENERATOR), std)
-        tl.store(out_ptr + element, rounded(total, out_ptr.dtype.element_ty), mask=inside)
+        sum_tile(
+            out_ptr, w_ptr, factors_ptr, keys, word_stride, std, tile * ELEMENTS, factor_stride, batch, sample_stride, n, PARTS,
+            COUNTERS, GENERATOR,
+        )  # fmt: skip
+
+
+@triton.jit
+def sum_tile(
+    out_ptr: tl.tensor, w_ptr: tl.tensor, factors_ptr: tl.tensor, keys: tl.tensor, word_stride: tl.tensor, std: tl.tensor,
+    start: tl.tensor, factor_stride: tl.tensor, batch: tl.tensor, sample_stride: tl.tensor, n: tl.tensor,
+    PARTS: tl.constexpr, COUNTERS: tl.constexpr, GENERATOR: tl.constexpr,
+) -> None:  # fmt: skip
+    """Elements ``start``.. of a weighted sum with its noise; ``start`` is a multiple of four."""
+    ELEMENTS: tl.constexpr = 4 * COUNTERS
+    element = start + tl.arange(0, ELEMENTS)
+    inside = element < n
+    total = tl.zeros((ELEMENTS,), tl.float32)
+    # Four samples' loads are in flight at a time.
+    for b in tl.range(0, batch, loop_unroll_factor=4):
+        factor = tl.load(factors_ptr + b * factor_stride)
+        sample = w_ptr + tl.cast(b, tl.int64) * sample_stride
+        weighted = tl.load(sample + element, mask=inside, other=0.0).to(tl.float32) * factor
+        total += tl.where(factor != 0, weighted, 0.0)
+    if std != 0:
+        total = with_noise(total, _drawn(keys, word_stride, start, PARTS, COUNTERS, GENERATOR), std)
+    tl.store(out_ptr + element, rounded(total, out_ptr.dtype.element_ty), mask=inside)
 
 
 @functools.cache
-def _programs(device: torch.device) -> int:
+def programs_of(device: torch.device) -> int:
     """Programs that fill ``device``; two on a CPU, where the interpreter runs them in turn."""
     return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
@@ -163,8 +176,8 @@ def grid_for(n: Any, tile: NoiseTile, device: torch.device) -> Any:
     """Programs of the persistent grid over ``n`` elements, a number or an expression in a graph's sizes; at least 1."""
     elements = 4 * tile.counters
     if isinstance(n, int):
-        return max(1, min(triton.cdiv(n, elements), _programs(device)))
-    return sympy.Max(1, sympy.Min(CeilDiv(n, elements), _programs(device)))
+        return max(1, min(triton.cdiv(n, elements), programs_of(device)))
+    return sympy.Max(1, sympy.Min(CeilDiv(n, elements), programs_of(device)))
 
 
 def rows_of(value: Tensor) -> tuple[int, int, int] | None:

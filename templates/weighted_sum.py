@@ -85,12 +85,18 @@ def reference(w_bn: Tensor, factors_b: Tensor) -> Tensor:
     return total
 
 
+def check_gradients(*gradients: Tensor) -> None:
+    """Refuses per-sample gradients that are not real floating-point numbers with samples in dimension 0."""
+    for w_bn in gradients:
+        if w_bn.dim() == 0 or not w_bn.dtype.is_floating_point:
+            raise ValueError(
+                f"flashnorm::weighted_sum got gradients of dtype {w_bn.dtype} and shape {tuple(w_bn.shape)}; it needs real "
+                "floating-point ones with samples in dimension 0. For complex numbers pass torch.view_as_real(w)."
+            )
+
+
 def _check(w_bn: Tensor, factors_b: Tensor) -> None:
-    if w_bn.dim() == 0 or not w_bn.dtype.is_floating_point:
-        raise ValueError(
-            f"flashnorm::weighted_sum got gradients of dtype {w_bn.dtype} and shape {tuple(w_bn.shape)}; it needs real "
-            "floating-point ones with samples in dimension 0. For complex numbers pass torch.view_as_real(w)."
-        )
+    check_gradients(w_bn)
     check_factors("weighted_sum", factors_b, w_bn.shape[0])
 
 

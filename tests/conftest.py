@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -49,6 +50,18 @@ def _poisoned_memory() -> Iterator[None]:
     yield
     torch.utils.deterministic.fill_uninitialized_memory = filled
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _kernel_operators() -> Iterator[None]:
+    """With FLASHNORM_TEST_KERNELS=1 every private gradient is computed by the operators that GPUs get, on this device too."""
+    from flashnorm_compile.passes import kernels
+
+    if os.environ.get("FLASHNORM_TEST_KERNELS") != "1":
+        yield
+        return
+    with mock.patch.object(kernels, "fused", return_value=True):
+        yield
 
 
 @pytest.fixture(scope="session")

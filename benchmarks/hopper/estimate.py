@@ -1,8 +1,8 @@
 """Bytes, FLOPs and time of generated code: a roofline over the kernels that Inductor scheduled.
 
-Bytes are Inductor's own count: what each kernel reads and writes of buffers that leave it. The time of a kernel is the longer of
-its arithmetic and its traffic, plus its launch (Williams et al. 2009, "Roofline"), at the rates in
-`flashnorm_compile.passes.peaks`, which cites the datasheets and the share of them that well-tuned kernels reach.
+Bytes are Inductor's own count: what each kernel reads and writes of buffers that leave it; a template's operands count once.
+The time of a kernel is the longer of its arithmetic and its traffic, plus its launch (Williams et al. 2009, "Roofline"), at the
+rates in `flashnorm_compile.passes.peaks`, which cites the datasheets and the share of them that well-tuned kernels reach.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from flashnorm_compile.passes.peaks import DATASHEETS, Peaks
 from torch import fx
+from torch._inductor import ir
 from torch._inductor.scheduler import NopKernelSchedulerNode
 from torch.utils import _pytree as pytree
 
 from benchmarks.hopper.flops import flops_of, product_dtype
+from benchmarks.hopper.memory import nbytes_in
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def scheduled_work(lowering: Any) -> list[Work]:
 
     A product belongs to the library call or template that computes it, or to the first kernel that it was fused into.
     """
-    kernels = [node for node in lowering.scheduler.nodes if not isinstance(node, NopKernelSchedulerNode)]
+    kernels = [node for node in lowering.scheduler.nodes if not _launches_nothing(node)]
     origins = [_origins(node) for node in kernels]
     computes = [node.is_extern() or node.is_template() for node in kernels]
     flops, dtypes = [0] * len(kernels), [torch.float32] * len(kernels)
@@ -66,8 +68,8 @@ def scheduled_work(lowering: Any) -> list[Work]:
         flops[place] += count
         dtypes[place] = dtype
     found = [
-        Work(_name(node), int(node.get_read_write_buffers_sizes()), count, dtype, node.is_extern())
-        for node, count, dtype in zip(kernels, flops, dtypes, strict=True)
+        Work(_name(node, made_of), _nbytes(node, lowering), count, dtype, node.is_extern())
+        for node, made_of, count, dtype in zip(kernels, origins, flops, dtypes, strict=True)
     ]
     return found + left_over
 
@@ -84,7 +86,38 @@ def _origins(node: Any) -> set[fx.Node]:
     return {origin for part in node.get_nodes() if part.node is not None for origin in part.node.get_origins()}
 
 
-def _name(node: Any) -> str:
+def _launches_nothing(node: Any) -> bool:
+    """Buffers without a kernel, and the results that a call of several results left behind."""
+    return isinstance(node, NopKernelSchedulerNode) or isinstance(node.node, ir.MultiOutput)
+
+
+def _nbytes(node: Any, lowering: Any) -> int:
+    """Inductor's count; for templates and Triton kernels of ours, whose accesses Inductor does not see, each operand once."""
+    first = node.get_nodes()[0].node
+    if isinstance(first, ir.UserDefinedTritonKernel):
+        tensors = [value.get_name() for value in first.kwargs.values() if isinstance(value, ir.IRNode)]
+        return sum(_bytes_of(lowering, name) for name in tensors)  # one that is worked on in place is named twice
+    if isinstance(first, ir.FallbackKernel):
+        results = {user.node for name in node.get_buffer_names() for user in lowering.scheduler.name_to_buf[name].users}
+        made = [result.node.get_name() for result in results if isinstance(result.node, ir.MultiOutput)]
+        return int(node.get_read_write_buffers_sizes()) + sum(_bytes_of(lowering, name) for name in made)
+    if not node.is_template():
+        return int(node.get_read_write_buffers_sizes())
+    parts = node.get_nodes()
+    inside = {name for part in parts for name in part.get_buffer_names()}
+    leaving = {name for name in inside if {user.node for user in lowering.scheduler.name_to_buf[name].users} - {node, *parts}}
+    read = {dep.name for part in parts for dep in part.read_writes.reads} - inside
+    return sum(_bytes_of(lowering, name) for name in read | leaving)
+
+
+def _bytes_of(lowering: Any, name: str) -> int:
+    return nbytes_in(lowering)(name) or 0
+
+
+def _name(node: Any, origins: set[fx.Node]) -> str:
+    """Its own name, and the operator that it calls or that its kernel was written for."""
     inner = node.node if node.is_extern() else None
     called = getattr(inner, "python_kernel_name", None) or getattr(inner, "op_overload", None)
-    return f"{node.get_name()}: {called}" if called else node.get_name()
+    ours = sorted({str(origin.target) for origin in origins if str(origin.target).startswith("flashnorm.")})
+    computed = called or (" + ".join(ours) if node.is_template() or node.is_extern() else "")
+    return f"{node.get_name()}: {computed}" if computed else node.get_name()

@@ -58,10 +58,12 @@ MOVES_DATA = frozenset(
         "add_noise_",
         "_add_noise_into",
         "embedding_norm",
+        "norm_slots",
         "release",
         "sort_indices",
         "weighted_sum",
         "weighted_sum_noise",
+        "weighted_sums_noise",
     )
 )
 

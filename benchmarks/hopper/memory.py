@@ -182,7 +182,7 @@ def nbytes_in(lowering: Any) -> Callable[[str], int | None]:
     def nbytes(name: str) -> int | None:
         buffer = lowering.try_get_buffer(name)
         layout: Any = getattr(buffer, "layout", None)
-        if not hasattr(layout, "size") or not hasattr(layout, "stride"):
+        if not all(hasattr(layout, name) for name in ("size", "stride", "dtype")):
             return None
         return strided_bytes([int(s) for s in layout.size], [int(s) for s in layout.stride], layout.dtype)
 

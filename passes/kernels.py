@@ -1,0 +1,79 @@
+"""The same quantities as in factors.py and replay.py through the ``flashnorm::`` operators, which are fused kernels on a GPU.
+
+On a CPU Inductor fuses compositions of ATen operators into better code than a call of an operator would be, so they stay there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ..templates import clipped_sum, embedding_norm, ghost_norm, many_gradients, tied_cross_term, weight_grads  # noqa: F401
+from .factors import CANCELLED, Outer, Rows, reach_of, reach_of_rows, wide
+
+ops = torch.ops.flashnorm
+T = TypeVar("T")
+# What one call releases at most: the per-sample gradients that go into it live until it ends.
+BYTES_AT_ONCE = 1 << 25
+
+
+def fused(device: torch.device) -> bool:
+    """Whether private gradients on this device are computed by the operators of ``templates``."""
+    return device.type == "cuda"
+
+
+def squared_norms(terms: list[Outer | Rows]) -> Tensor:
+    """[B]: ``factors.squared_norms`` ("ghost")."""
+    outers = [term for term in terms if isinstance(term, Outer)]
+    rows = [term for term in terms if isinstance(term, Rows)]
+    if not rows:
+        g, a = _joined(outers)
+        if isinstance(g.shape[1], int) and g.shape[1] == 1:  # an outer product: its norm is that of its factors
+            return wide(g).square().sum((1, 2)) * wide(a).square().sum((1, 2))
+        return ops.ghost_norm(g, a)
+    row = Rows(torch.cat([r.ids_bt for r in rows], 1), torch.cat([r.g_btd for r in rows], 1), rows[0].count)
+    if not outers:
+        return ops.embedding_norm(row.g_btd, row.ids_bt, row.count)
+    g, a = _joined(outers)
+    dtype = torch.promote_types(g.dtype, row.g_btd.dtype)
+    cross, size = ops.tied_cross_term(row.g_btd.to(dtype), row.ids_bt, g.to(dtype), a.to(dtype))
+    total = ops.ghost_norm(g, a) + ops.embedding_norm(row.g_btd, row.ids_bt, row.count) + cross + ghost_norm.ROUNDING * size
+    return torch.maximum(total, (CANCELLED * (reach_of(Outer(g, a)) + reach_of_rows(row))).square().float())
+
+
+def squared_products(terms: list[Outer]) -> Tensor:
+    """float32 [B]: ``factors.squared_products`` ("flash")."""
+    g, a = _joined(terms)
+    return torch.maximum(ops.flash_norm(g, a), (CANCELLED * reach_of(Outer(g, a))).square().float())
+
+
+def products(terms: list[Outer], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Every sample's sum of products [B, p, d] in ``dtype``, and the squared norms of what is stored, float32 [B]."""
+    return ops.weight_grads(*_joined(terms), dtype)
+
+
+def _joined(terms: list[Outer]) -> tuple[Tensor, Tensor]:
+    """Several uses of one weight are one longer contraction."""
+    if len(terms) == 1:
+        return terms[0].g_btp, terms[0].a_btd
+    return torch.cat([term.g_btp for term in terms], 1), torch.cat([term.a_btd for term in terms], 1)
+
+
+def together(parts: Sequence[T], kind: Callable[[T], Hashable], nbytes: Callable[[T], int]) -> Iterator[list[T]]:
+    """Parts in groups for one launch each: of one kind, no more than a launch takes, no more bytes than ``BYTES_AT_ONCE``."""
+    kinds: dict[Hashable, list[T]] = {}
+    for part in parts:
+        kinds.setdefault(kind(part), []).append(part)
+    for alike in kinds.values():
+        group: list[T] = []
+        for part in alike:
+            full = len(group) == many_gradients.AT_ONCE or sum(map(nbytes, [*group, part])) > BYTES_AT_ONCE
+            if group and full:
+                yield group
+                group = []
+            group.append(part)
+        if group:
+            yield group

@@ -1,0 +1,127 @@
+"""Inductor's code for a Hopper GPU against the plan: exactly its kernels, and no large buffer that it does not account for.
+
+Models of the papers' sizes with one block of each kind: the others are the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Inductor's code for a GPU needs the triton package")
+if torch.cuda.is_available():
+    pytest.skip("hopper() is for machines without a GPU", allow_module_level=True)
+
+from flashnorm_compile.passes import private_pass
+from flashnorm_compile.passes.factored import is_convolution
+from flashnorm_compile.passes.plan import ParameterPlan, Plan
+
+from benchmarks.case import Problem
+from benchmarks.contenders.base import Privacy
+from benchmarks.contenders.nonprivate import NonPrivate
+from benchmarks.contenders.ours import Ours
+from benchmarks.hopper import Generated, hopper
+from benchmarks.hopper.calls import calls_of_ours
+from benchmarks.hopper.fakes import fake_problem
+from benchmarks.roofline import gpt2, llama_block, vit
+
+MIB = 2**20
+CASES: dict[str, Callable[[], Problem]] = {
+    "gpt2-b1-t1024": partial(gpt2, 1, 1024, layers=1),
+    "gpt2-b1-t4096": partial(gpt2, 1, 4096, layers=1),
+    "gpt2-b8-t1024": partial(gpt2, 8, 1024, layers=1),
+    "gpt2-b8-t4096": partial(gpt2, 8, 4096, layers=1),
+    "vit-b64": partial(vit, 64, layers=1),
+    "llama-block": partial(llama_block, 4, 2048),
+}
+
+
+def generated(build: Callable[[], Problem], contender: Any) -> tuple[Generated, Plan | None]:
+    plans: list[Plan] = []
+    plan_gradients = private_pass.plan_gradients
+
+    def keep(*args: Any) -> Plan:
+        plans.append(plan_gradients(*args))
+        return plans[-1]
+
+    with (
+        mock.patch.object(private_pass, "plan_gradients", keep),
+        fake_problem(build, torch.bfloat16) as problem,
+        hopper(go_on=True) as found,
+    ):
+        contender.prepare(problem, Privacy()).backward()
+    return found, plans[0] if plans else None
+
+
+def planned_calls(plan: Plan) -> Counter[str]:
+    """Kernels of single parameters, as their algorithms name them."""
+    calls: Counter[str] = Counter()
+    for parameter in plan.parameters:
+        calls.update(_calls(parameter))
+    return calls
+
+
+def _calls(parameter: ParameterPlan) -> list[str]:
+    products = [factor for factor in parameter.factors if factor.kind == "outer"]
+    rows = len(products) < len(parameter.factors)
+    if parameter.chosen == "materialize":
+        return ["weight_grads"] if products and not rows and not any(map(is_convolution, products)) else []
+    if parameter.chosen == "flash":
+        return ["flash_norm", *["clipped_sum"] * len(products)]
+    if parameter.chosen != "ghost":
+        return []
+    outer_product = not rows and _positions(products[0]) == 1
+    norms = ["ghost_norm"] * (bool(products) and not outer_product) + ["embedding_norm", "sort_indices"] * rows
+    sums = ["clipped_sum" for factor in products if not is_convolution(factor)]
+    return norms + sums + ["tied_cross_term"] * (rows and bool(products))
+
+
+def _positions(factor: Any) -> int:
+    """T, where the factor is a product over [B * T]."""
+    use = factor.use
+    return 0 if is_convolution(factor) else int(use.axes[0].inner)
+
+
+def planned_sizes(plan: Plan) -> set[int]:
+    """Bytes of what an algorithm makes for a parameter: gradients of all samples, the sum in float32, the released gradient."""
+    sizes: set[int] = set()
+    for parameter in plan.parameters:
+        value = parameter.gradient.node.meta["val"]  # type: ignore[union-attr]
+        batch = 64 if value.numel() else 1
+        sizes |= {value.nbytes, 4 * value.numel(), *(b * value.nbytes for b in range(1, batch + 1))}
+    return sizes
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_generated_code_is_the_plan(name: str) -> None:
+    private, plan = generated(CASES[name], Ours("flashnorm"))
+    assert plan is not None
+    calls = calls_of_ours(private)
+    together = {key: calls.pop(key, 0) for key in ("release", "norm_slots", "weighted_sums_noise", "add_noise", "_add_noise_into")}
+    assert calls == planned_calls(plan)
+    assert together["release"] == 1
+    assert together["weighted_sums_noise"] <= 2 + sum(_released_bytes(plan)) / 2**25 + len(plan.parameters) / 64
+    summed = sum(parameter.chosen in ("ghost", "flash") for parameter in plan.parameters)
+    assert together["add_noise"] + together["_add_noise_into"] == summed, "a pass of its own only after a sum of products"
+
+
+def _released_bytes(plan: Plan) -> list[int]:
+    return [parameter.gradient.node.meta["val"].nbytes for parameter in plan.parameters]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", ["gpt2-b8-t1024", "llama-block"])
+def test_no_large_buffer_is_unaccounted_for(name: str) -> None:
+    private, plan = generated(CASES[name], Ours("flashnorm"))
+    plain, _ = generated(CASES[name], NonPrivate("inductor", compiled=True))
+    assert plan is not None
+    known = planned_sizes(plan) | {storage.nbytes for one in plain.graphs for storage in one.walked.allocations}  # type: ignore[union-attr]
+    made = [storage.nbytes for one in private.graphs for storage in one.walked.allocations]  # type: ignore[union-attr]
+    assert [nbytes for nbytes in made if nbytes >= MIB and nbytes not in known] == []
+    assert math.isfinite(plan.peak)

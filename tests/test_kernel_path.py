@@ -1,0 +1,167 @@
+"""What GPUs get instead of compositions: which operators a plan becomes, and that they release what the oracle does.
+
+The operators run here through their ATen forms; their kernels are tested in tests/kernels. On a CUDA device the same comparisons
+run through Inductor and the kernels themselves.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from flashnorm_compile.passes import _compat, kernels
+from models.zoo import ZOO
+from oracle import assert_agree, case_gradients, check, clip, gradients_of, halving_options
+from torch import Tensor, fx, nn
+
+from flashnorm_compile.backend import compile_private
+from flashnorm_compile.options import Options
+
+ALGORITHMS = ("auto", "materialize", "ghost", "flash")
+# Products, a tied head (cross term), a convolution, many uses of one weight, sequence-first layout, a padded embedding.
+NAMES = ("mlp_over_time", "gpt2", "tied_by_function", "resnet_groupnorm", "gru_cell", "bert_masked")
+
+
+@pytest.fixture
+def _operators() -> Iterator[None]:
+    with mock.patch.object(kernels, "fused", return_value=True):
+        yield
+
+
+@pytest.mark.usefixtures("_operators")
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("name", NAMES)
+def test_oracle(name: str, algorithm: str) -> None:
+    check(ZOO[name], norm_algorithm=algorithm)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("name", NAMES)
+def test_oracle_on_a_device(name: str, algorithm: str) -> None:
+    case = ZOO[name]
+    model, inputs, targets = case.make()
+    samples = case_gradients(case, model, inputs, targets)
+    options = halving_options(samples, "flat") | case.options | {"norm_algorithm": algorithm}
+    if case.dims:
+        options["batch_dims"] = case.dims
+    on_device = [{name: value.cuda() for name, value in tensors.items()} for tensors in (inputs, targets)]
+    compiled = torch.compile(model.cuda(), backend="flashnorm", options=options)
+    case.loss(compiled(**on_device[0]), on_device[1]).backward()
+    assert_agree({name: value.cpu() for name, value in gradients_of(model).items()}, clip(samples, options).released)
+
+
+class Tied(nn.Module):
+    """A language model of one table: embedding and head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, 6)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return torch.tanh(self.table(ids)) @ self.table.weight.t()
+
+
+class Lookup(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, 6)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return torch.sin(self.table(ids))
+
+
+class Twice(nn.Module):
+    """One weight in two products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(torch.tanh(self.layer(x)))
+
+
+def product() -> nn.Module:
+    return nn.Linear(6, 5, bias=False)
+
+
+def sequences(batch: int = 3) -> Tensor:
+    return torch.randn(batch, 7, 6)
+
+
+def tokens() -> Tensor:
+    return torch.randint(11, (3, 7))
+
+
+def private_graph(model: nn.Module, x: Tensor, algorithm: str) -> fx.Graph:
+    """The joint graph after the pass."""
+    kept: list[fx.Graph] = []
+
+    def observe(stage: str, graph: fx.Graph, outcome: Any) -> None:
+        if stage == "after":
+            kept.append(graph)
+
+    def backend(gm: fx.GraphModule, example_inputs: Any) -> Any:
+        options = Options.parse({"max_grad_norm": 1.0, "noise_multiplier": 1.0, "norm_algorithm": algorithm})
+        return compile_private(gm, example_inputs, options, inner_compile=_compat.run_graph, observers=(observe,), protect=False)
+
+    torch.compile(lambda x: model(x).square().sum(), backend=backend)(x).backward()
+    return kept[0]
+
+
+def ours(graph: fx.Graph) -> Counter[str]:
+    """Operators of ``flashnorm::`` in a graph, ``release`` aside."""
+    names = (str(node.target).split(".")[1] for node in graph.nodes if str(node.target).startswith("flashnorm."))
+    return Counter(name for name in names if name != "release")
+
+
+BECOMES = {
+    ("product", "materialize"): {"weight_grads": 1, "weighted_sums_noise": 1},
+    ("product", "ghost"): {"ghost_norm": 1, "clipped_sum": 1, "add_noise": 1},
+    ("product", "flash"): {"flash_norm": 1, "clipped_sum": 1, "add_noise": 1},
+    ("twice", "materialize"): {"weight_grads": 1, "weighted_sums_noise": 1},
+    ("twice", "ghost"): {"ghost_norm": 1, "clipped_sum": 2, "add_noise": 1},
+    ("lookup", "ghost"): {"embedding_norm": 1, "add_noise": 1},
+    ("tied", "ghost"): {"ghost_norm": 1, "embedding_norm": 1, "tied_cross_term": 1, "clipped_sum": 1, "add_noise": 1},
+}
+MODELS = {"product": (product, sequences), "twice": (Twice, sequences), "lookup": (Lookup, tokens), "tied": (Tied, tokens)}
+
+
+@pytest.mark.usefixtures("_operators")
+@pytest.mark.parametrize(("kind", "algorithm"), BECOMES)
+def test_a_plan_becomes_these_operators_and_no_others(kind: str, algorithm: str) -> None:
+    build, inputs = MODELS[kind]
+    assert ours(private_graph(build(), inputs(), algorithm)) == BECOMES[kind, algorithm]
+
+
+@pytest.mark.usefixtures("_operators")
+def test_one_sample_reads_its_gradient_twice() -> None:
+    assert ours(private_graph(product(), sequences(1), "auto")) == {"norm_slots": 1, "weighted_sums_noise": 1}
+
+
+@pytest.mark.usefixtures("_operators")
+def test_half_precision_is_not_widened_before_a_kernel() -> None:
+    """Operands go to the kernels in their own type, and per-sample gradients are kept in it; the release is noised in float32."""
+    x = sequences().bfloat16()
+    for algorithm in ("materialize", "ghost", "flash"):
+        graph = private_graph(product().bfloat16(), x, algorithm)
+        for node in graph.nodes:
+            name = str(node.target)
+            if any(kernel in name for kernel in ("weight_grads", "ghost_norm", "flash_norm", "clipped_sum")):
+                assert {arg.meta["val"].dtype for arg in node.all_input_nodes[:2]} == {torch.bfloat16}
+            if "clipped_sum" in name:
+                assert node.meta["val"].dtype == torch.float32
+            if "weight_grads" in name:
+                assert node.meta["val"][0].dtype == torch.bfloat16
+
+
+def test_on_a_cpu_compositions_stay() -> None:
+    for (kind, algorithm), _ in BECOMES.items():
+        build, inputs = MODELS[kind]
+        found = ours(private_graph(build(), inputs(), algorithm))
+        assert set(found) <= {"add_noise", "flash_norm"}, (kind, algorithm)
