@@ -117,14 +117,16 @@ def part_of(plan: ParameterPlan, values: Values, sizes: Sizes) -> Part:
     return Gradients(gradient, dense, _squares(dense))
 
 
-def norms_of(parts: Sequence[Part]) -> dict[int, Tensor]:
-    """Squared norms, float32 [B], by row. Those of stored gradients are taken together."""
-    norms = {part.gradient.row: part.norms_sq for part in parts if part.norms_sq is not None}
+def norms_of(parts: Sequence[Part]) -> tuple[Tensor, list[int]]:
+    """Squared norms, float32 [B, N], and the row of each column. Those of stored gradients are taken together."""
+    ready = [part for part in parts if part.norms_sq is not None]
     missing = [part for part in parts if isinstance(part, Stored) and part.norms_sq is None]
+    rows = [part.gradient.row for part in ready]
+    found = [torch.stack([part.norms_sq for part in ready])] if ready else []  # type: ignore[misc]
     for group in kernels.together(missing, lambda part: part.dense.dtype, lambda part: 0):
-        slots = ops.norm_slots([part.dense for part in group])
-        norms.update(zip((part.gradient.row for part in group), slots.sum(2).float().unbind(0), strict=True))
-    return norms
+        rows += [part.gradient.row for part in group]
+        found.append(ops.norm_slots([part.dense for part in group]).sum(2).float())
+    return torch.cat(found).t(), rows
 
 
 def released(parts: Sequence[Part], release: Release, sizes: Sizes) -> list[Tensor]:

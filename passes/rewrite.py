@@ -107,11 +107,10 @@ class _Writer:
         values: Values = dict(zip(self.inputs, given, strict=True))
         sizes = Sizes(values[self.batch_node].shape[self.dim], given)
         parts = [part_of(plan, values, sizes) for plan in self.plans]
-        norms = norms_of(parts)
-        zero = torch.zeros_like(next(iter(norms.values())))
-        norms_sq = torch.stack([norms.get(row, zero) for row in range(len(self.spec.parameters))], 1)
+        norms_sq, rows = norms_of(parts)
         handle, after = self._state(values)
-        return released(parts, Release(*torch.ops.flashnorm.release(handle, norms_sq, after)), sizes)
+        found = torch.ops.flashnorm.release(handle, norms_sq, after, rows, len(self.spec.parameters))
+        return released(parts, Release(*found), sizes)
 
     def _state(self, values: Values) -> tuple[Tensor, Tensor]:
         position = next(i for i, given in enumerate(self.spec.inputs) if given.role is Role.HANDLE)
