@@ -10,7 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ._triton import ceil_div
-from .noise_triton import PHILOX, TILE, NoiseTile, programs_of, sum_tile
+from .noise_triton import PHILOX, NoiseTile, programs_of, sum_tile
+
+# A tile of ``weighted_sum_noise`` would spill here (float32, sm_90): the chosen addresses take registers as well.
+TILE = NoiseTile(counters=128)
 
 
 @triton.jit

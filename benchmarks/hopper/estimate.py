@@ -97,10 +97,6 @@ def _nbytes(node: Any, lowering: Any) -> int:
     if isinstance(first, ir.UserDefinedTritonKernel):
         tensors = [value.get_name() for value in first.kwargs.values() if isinstance(value, ir.IRNode)]
         return sum(_bytes_of(lowering, name) for name in tensors)  # one that is worked on in place is named twice
-    if isinstance(first, ir.FallbackKernel):
-        results = {user.node for name in node.get_buffer_names() for user in lowering.scheduler.name_to_buf[name].users}
-        made = [result.node.get_name() for result in results if isinstance(result.node, ir.MultiOutput)]
-        return int(node.get_read_write_buffers_sizes()) + sum(_bytes_of(lowering, name) for name in made)
     if not node.is_template():
         return int(node.get_read_write_buffers_sizes())
     parts = node.get_nodes()

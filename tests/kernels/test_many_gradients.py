@@ -110,7 +110,8 @@ def test_kernels_compile_without_spills_and_load_vectors(dtype: torch.dtype, cap
     common = {"SIZES": sizes, "COUNT": count, "EVEN": True}
     slots = {"STARTS": many_triton.tiles_of(sizes, 16384), "CHUNK": 16384, "BLOCK": 1024, **common}
     sums = {
-        "STARTS": many_triton.tiles_of(sizes, 1024), "ROWS": tuple(range(count)), "PARTS": False, "COUNTERS": 256,
+        "STARTS": many_triton.tiles_of(sizes, 4 * many_triton.TILE.counters), "ROWS": tuple(range(count)), "PARTS": False,
+        "COUNTERS": many_triton.TILE.counters,
         "GENERATOR": noise_triton.PHILOX.value, **common,
     }  # fmt: skip
     scalars = ("batch", "slots", "factor_row", "factor_stride", "key_stride", "word_stride")

@@ -124,7 +124,7 @@ def test_nan_level_is_visible() -> None:
 
 @pytest.mark.parametrize("programs", [1, 2, 3, 7])
 def test_the_grid_does_not_change_the_noise(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_programs", lambda device: programs)
+    monkeypatch.setattr(module, "programs_of", lambda device: programs)
     with interpreted_launches(programs):
         out = module.add_noise_triton(torch.zeros(333), KEYS, torch.tensor(1.0), 2, tile=SMALL)
     torch.testing.assert_close(out, noise.reference_normals(KEYS[2], 0, 333), rtol=0, atol=ATOL)
