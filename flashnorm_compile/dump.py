@@ -51,7 +51,9 @@ def _emit(name: str, suffix: str, text: Any) -> None:
         made = text()
         folder = Path(config.dump)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.{suffix}").write_text(made)
+        draft = folder / f".{name}.{suffix}"  # a run that is killed leaves no half of a graph
+        draft.write_text(made)
+        draft.replace(folder / f"{name}.{suffix}")
     if log.isEnabledFor(logging.DEBUG):
         log.debug("%s\n%s", name, made or text())
     trace_structured(

@@ -24,6 +24,7 @@ from flashnorm_compile import calibrate, privacy
 from flashnorm_compile.accounting import History, Mechanism, Release, Sampling, calibrate_steps, planned_epsilon, spent
 from flashnorm_compile.accounting.account import Account, Batch
 from flashnorm_compile.accounting.accountant import epsilon_of
+from flashnorm_compile.accounting.calibrate import _last
 from flashnorm_compile.state import PrivacyState
 
 POISSON = Sampling("poisson", 0.01, 1000)
@@ -99,6 +100,16 @@ def test_hardly_any_noise_neither_hangs_nor_flatters(noise: float) -> None:
     assert 0.9 * low <= plan(noise, 0.01, 1000, 1e-5) <= 1.1 * high
 
 
+@pytest.mark.parametrize("accountant", ["pld", "rdp"])
+def test_extreme_noise_is_bounded_from_above(accountant: Any) -> None:
+    """Floats run over in plain dp-accounting."""
+    assert plan(1e-200, 0.01, 10, 1e-5, accountant=accountant) == math.inf
+    assert plan(1e-3, 0.5, 10**6, 1e-5, accountant=accountant) == math.inf
+    assert 0 <= plan(1e200, 0.01, 10, 1e-5, accountant=accountant) <= 2e-3
+    several = {Mechanism(noise, Sampling("poisson", 0.5)): 10**6 for noise in (1e7, 1e8)}
+    assert epsilon_of(several, 1e-5, accountant) == plan(1e6, 0.5, 2 * 10**6, 1e-5, accountant=accountant)
+
+
 def test_noise_of_every_step_its_own_is_bounded_from_above() -> None:
     schedule = {Mechanism(4.0 + step / 100, POISSON): 1 for step in range(100)}
     got = epsilon_of(schedule, 1e-5)
@@ -160,6 +171,12 @@ def test_calibrate_equals_dp_accounting() -> None:
 def test_calibrated_steps_keep_the_budget() -> None:
     steps = calibrate_steps(epsilon=2.0, delta=1e-5, sample_rate=0.02, noise_multiplier=1.0, accountant="rdp")
     assert plan(1.0, 0.02, steps, 1e-5, accountant="rdp") <= 2.0 < plan(1.0, 0.02, steps + 1, 1e-5, accountant="rdp")
+    assert calibrate_steps(epsilon=2.0, delta=1e-5, sample_rate=0.1, noise_multiplier=0.3) == 0
+
+
+@given(truth=st.integers(0, 10**7), start=st.integers(0, 10**7))
+def test_the_search_for_steps_ends_at_the_last_that_fits(truth: int, start: int) -> None:
+    assert _last(lambda steps: steps <= truth, start) == (truth, truth + 1)
 
 
 @pytest.mark.parametrize(
@@ -169,6 +186,7 @@ def test_calibrated_steps_keep_the_budget() -> None:
         ({"delta": 1.0}, r"delta must be > 0 and < 1"),
         ({"delta": 0}, r"delta must be a finite number > 0"),
         ({"steps": 0}, r"steps must be an integer >= 1"),
+        ({"steps": 10**7 + 1}, r"steps must be an integer >= 1 and <= 10,000,000"),
         ({"sample_rate": 1.5}, r"sample_rate must be a probability > 0 and <= 1; got 1\.5"),
         ({"truncated_batch_size": 10}, r"truncated_batch_size=10 also needs sample_rate and dataset_size"),
         ({"accountant": "prv"}, r"accountant must be 'pld' or 'rdp'; got 'prv'"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -105,16 +106,20 @@ SETTING = ("--delta", "1e-5", "--batch-size", "64", "--dataset-size", "8000")
 
 
 def test_budget_computes_whichever_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
-    """The three questions about one training agree with each other."""
-    _, text, _ = call(capsys, "budget", "--epsilon", 2, "--steps", 300, *SETTING)
+    """The three questions about one training agree with each other; by RDP, which answers at once."""
+    setting = (*SETTING, "--accountant", "rdp")
+    _, text, _ = call(capsys, "budget", "--epsilon", 2, "--steps", 300, *setting)
     noise = number_in(text, "noise_multiplier")
     assert "Poisson draws at rate 0.008" in text
-    assert "PLD of dp-accounting" in text
-    _, text, _ = call(capsys, "budget", "--noise-multiplier", noise, "--steps", 300, *SETTING)
+    assert "RDP of dp-accounting" in text
+    _, text, _ = call(capsys, "budget", "--noise-multiplier", noise, "--steps", 300, *setting)
     epsilon = number_in(text, "epsilon")
     assert 1.9 < epsilon <= 2
-    _, text, _ = call(capsys, "budget", "--noise-multiplier", noise, "--epsilon", epsilon, *SETTING)
+    _, text, _ = call(capsys, "budget", "--noise-multiplier", noise, "--epsilon", epsilon, *setting)
     assert number_in(text, "steps") >= 300
+    _, text, _ = call(capsys, "budget", "--noise-multiplier", noise, "--steps", 300, *SETTING)
+    assert "PLD of dp-accounting" in text
+    assert 1 < number_in(text, "epsilon") < epsilon
 
 
 def test_budget_credits_an_unknown_sampler_with_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,6 +136,30 @@ def test_budget_never_prints_less_than_is_spent(capsys: pytest.CaptureFixture[st
     shown = re.search(r"spend epsilon = (\S+)", text)
     assert shown is not None
     assert float(shown[1]) >= number_in(text, "epsilon")
+
+
+@pytest.mark.parametrize(("noise", "delta"), [("1e-300", "1e-5"), ("1", "1e-300")])
+def test_budget_of_next_to_no_noise_is_infinite(noise: str, delta: str, capsys: pytest.CaptureFixture[str]) -> None:
+    call_text = ("budget", "--noise-multiplier", noise, "--delta", delta, "--steps", 10, "--sample-rate", 0.1)
+    code, text, _ = call(capsys, *call_text)
+    assert code == 0
+    assert number_in(text, "epsilon") == float("inf")
+    assert "spend epsilon = infinite (no privacy) at" in text
+
+
+def test_budget_with_any_amount_of_noise(capsys: pytest.CaptureFixture[str]) -> None:
+    _, text, _ = call(capsys, "budget", "--noise-multiplier", "1e300", "--delta", "1e-5", "--steps", 10, "--sample-rate", 0.1)
+    assert 0 <= number_in(text, "epsilon") < 1e-4
+
+
+def test_a_pipe_that_closes_is_no_error(dumped: Path) -> None:
+    command = [sys.executable, "-m", "flashnorm_compile", "diff", str(dumped), "--full", "--context", "999"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    with process:
+        assert process.stderr.read() == ""
 
 
 def test_budget_warns_of_a_large_delta(capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,6 +179,12 @@ def test_budget_warns_of_a_large_delta(capsys: pytest.CaptureFixture[str]) -> No
         (["--epsilon", "2", "--steps", "3", "--batch-size", "8", "--dataset-size", "4"], "0 < L <= N; got 4"),
         (["--epsilon", "nan", "--steps", "3", "--unknown-sampler"], "--epsilon must be a number > 0; got nan"),
         (["--epsilon", "2", "--steps", "0", "--unknown-sampler"], "--steps must be an integer >= 1"),
+        (["--epsilon", "2", "--steps", "10000001", "--unknown-sampler"], "--steps must be an integer >= 1 and <= 10,000,000"),
+        (["--epsilon", "2", "--steps", "3", "--batch-size", "nan", "--dataset-size", "9"], "0 < L <= N; got 9"),
+        (
+            ["--epsilon", "1", "--noise-multiplier", "1e5", "--sample-rate", "1e-6", "--accountant", "rdp"],
+            "More than 10,000,000 steps fit",
+        ),
         (["--noise-multiplier", "0", "--steps", "3", "--unknown-sampler"], "without noise epsilon is infinite"),
         (["--epsilon", "2", "--steps", "3", "--sample-rate", "1.5"], "--sample-rate must be a probability, > 0 and <= 1; got 1.5"),
         (["--epsilon", "2", "--steps", "3", "--sample-rate", "0.1", "--truncated-batch-size", "9"], "dataset_size"),
@@ -303,12 +338,16 @@ def test_diff_says_what_is_wrong(dumped: Path, tmp_path: Path, capsys: pytest.Ca
     broken.mkdir()
     for stage in ("before", "typed", "after"):
         (broken / f"joint_0_{stage}.txt").write_text("nonsense\n")
+    torn, number = tmp_path / "torn", graph_numbers(dumped)[0]
+    shutil.copytree(dumped, torn)
+    (torn / f"plan_{number}.json").write_text('{"batch": "4", "para')
     for argv, message in (
         ([tmp_path / "missing"], "there is no folder"),
         ([tmp_path / "empty"], "holds no graph"),
         ([dumped, "--graph", 99999], "--graph 99999:"),
         ([dumped, "--context", -1], "--context must be >= 0; got -1"),
         ([broken], "line 1 is not a node as FLASHNORM_DUMP writes it: 'nonsense'"),
+        ([torn], f"plan_{number}.json is not a plan as FLASHNORM_DUMP writes it"),
     ):
         code, _, error = call(capsys, "diff", *argv)
         assert code == 2

@@ -15,7 +15,7 @@ from loop_steps import assert_steps, clipping_options, recorded_steps
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from examples import compile_by_name, plain_loop
+from examples import compile_by_name, plain_loop, privacy_log
 from flashnorm_compile import GraphBreakError, OptionsError, PrivacyError, UnprotectedGradientError, config, privacy
 from flashnorm_compile.integrations import load_config
 from flashnorm_compile.integrations.watch import Accounting, Watch, check_optimizer
@@ -89,6 +89,27 @@ def test_plain_loop_that_steps_within_a_draw(backend: str) -> None:
         loss(x, y, mask).backward()
     with pytest.raises(UnprotectedGradientError, match="the last backward pass added no noise"):
         optimizer.step()
+
+
+def test_epsilon_is_shown_while_it_is_spent(backend: str, tmp_path: Path) -> None:
+    """In the progress line, which is a bound, and as scalars by PyTorch's own TensorBoard writer."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    model, data = classifier(), records()
+    log = privacy_log.ScalarLog(tmp_path)
+    shown = []
+    for _ in range(2):
+        plain_loop.train(model, data, plain_loop.OPTIONS, backend, sample_rate=0.5, physical_batch_size=N, steps=2, seed=1)
+        log.add({"loss": 1.5}, privacy(model).steps)
+        log.add_epsilon(privacy(model))
+        shown.append(float(privacy_log.epsilon_text(privacy(model)).removeprefix("epsilon < ")))
+    log.close()
+    assert privacy(model).epsilon(1e-5) <= shown[1]
+    assert shown[0] < shown[1]
+    events = accumulator.EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(2, 1.5), (4, 1.5)]
+    written = events.Scalars("privacy/epsilon")
+    assert [event.step for event in written] == [2, 4]
+    assert written[1].value == pytest.approx(privacy(model).epsilon(1e-5, accountant="rdp"), rel=1e-6)
 
 
 # Loops that can only name the backend.
@@ -232,6 +253,8 @@ def test_options_from_toml(tmp_path: Path) -> None:
         ),
         ("[flashnorm]\nmax_grad_norm = 1.0\nnoise_multiplier = -1", r"noise_multiplier must be a finite number >= 0; got -1"),
         ("[flashnorm]\nmax_grad_norm = 1.0", r"Missing: noise_multiplier"),
+        ("[flashnorm]\nmax_grad_norm = nan\nnoise_multiplier = 1", r"max_grad_norm must be a finite number > 0; got nan"),
+        ("[flashnorm\nmax_grad_norm = 1.0", r"train\.toml is not a TOML file: "),
     ],
 )
 def test_wrong_toml_is_refused_and_sets_nothing(text: str, match: str, tmp_path: Path) -> None:

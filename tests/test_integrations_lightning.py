@@ -1,4 +1,4 @@
-"""Lightning: ``torch.compile(module)`` and ``fit`` give the oracle's gradients; what would spoil them is named."""
+"""Lightning and Fabric: a compiled module gives the oracle's gradients; what would spoil them is named."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.fabric import Fabric
 from lightning.pytorch import LightningModule
 from loop_steps import assert_steps, clipping_options, recorded_steps
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from examples import lightning_fit
+from examples import fabric_loop, lightning_fit
 from flashnorm_compile import OptionsError, UnprotectedGradientError, privacy, private_dataloader
 
 N = 6
@@ -50,6 +51,7 @@ def test_epsilon_is_logged_and_every_draw_is_credited(backend: str) -> None:
     trainer = fit(module, records(), lightning_fit.OPTIONS, backend)
     assert trainer.logged_metrics["releases"] == 2
     assert trainer.logged_metrics["epsilon"].item() == pytest.approx(privacy(module).epsilon(1e-5), rel=1e-6)
+    assert trainer.progress_bar_metrics["epsilon"] == pytest.approx(privacy(module).epsilon(1e-5), rel=1e-6)
     (mechanism,) = privacy(module).account.history.mechanisms()
     assert mechanism.sampling is not None
 
@@ -94,3 +96,27 @@ def test_a_parameter_outside_is_refused(backend: str) -> None:
 def test_another_backend_is_refused() -> None:
     with pytest.raises(UnprotectedGradientError, match="no private graph has released a gradient since the last step"):
         fit(lightning_fit.Classifier(), records(), {}, "eager")
+
+
+def test_fabric(backend: str) -> None:
+    """Every record in every draw, in physical batches of 4, two of them padding."""
+    model, data = fabric_loop.Classifier(), records()
+    options = clipping_options(model, record_loss(data), N)
+    with recorded_steps(model) as steps:
+        fabric_loop.train(model, data, options, backend, sample_rate=1.0, physical_batch_size=4, steps=3)
+    assert_steps(steps, 3, record_loss(data), N, options)
+    assert privacy(model).steps == 3
+
+
+def test_fabric_with_its_own_clipping_is_refused(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop that calls ``fabric.clip_gradients`` before it steps."""
+    backward = Fabric.backward
+
+    def and_clip(fabric: Fabric, loss: Tensor) -> None:
+        backward(fabric, loss)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+
+    monkeypatch.setattr(Fabric, "backward", and_clip)
+    model = fabric_loop.Classifier()
+    with pytest.raises(UnprotectedGradientError, match=r"network\.0\.weight: p\.grad was written or changed outside backward"):
+        fabric_loop.train(model, records(), fabric_loop.OPTIONS, backend, sample_rate=1.0, physical_batch_size=N, steps=1)

@@ -10,6 +10,7 @@ import importlib.metadata
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -25,6 +26,10 @@ _FINEST_GRID = 1e-4
 # A loss distribution of a million points takes about a second to compose. Beyond it the grid is made coarser, which
 # rounds up more: the figure grows, memory does not.
 _GRID_POINTS = 10**6
+# Beyond these dp-accounting's floats run over. With less noise, or larger losses, nothing is hidden and epsilon is called
+# infinite; more noise counts as this much.
+_LARGEST_LOSS = 5e8
+LEAST_NOISE, MOST_NOISE = 1e-4, 1e6
 # Each distinct mechanism is a distribution of its own. More than these are grouped, each group with its least noise.
 _DISTINCT = 32
 
@@ -79,15 +84,19 @@ def epsilon_of(
     """Epsilon at ``delta`` of all these mechanisms (mechanism -> how often), each seeing the results of the others.
 
     Never below what dp-accounting gives. It is above where that would take too much memory or time: very large losses
-    (a coarser grid), and more than 32 distinct noise levels under "pld" (grouped, the least noise of each group).
+    (a coarser grid; infinite beyond what floats hold, or for a noise multiplier below 1e-4), and more than 32 distinct noise levels
+    under "pld" (grouped, the least noise of each group).
 
     Raises:
         ImportError: dp-accounting is not installed.
         OptionsError: the accountant cannot compute this; "rdp" knows neither truncated sampling nor sampling under "replace_one".
     """
     check_accountant(accountant, relation)
-    counts = tuple(sorted(((m, n) for m, n in mechanisms.items() if n), key=repr))
-    return _epsilon(counts, check_delta(delta), accountant, relation)
+    counts: Counter[Mechanism] = Counter()
+    for mechanism, count in mechanisms.items():
+        counts[replace(mechanism, noise_multiplier=min(mechanism.noise_multiplier, MOST_NOISE))] += count
+    ordered = tuple(sorted(((m, n) for m, n in counts.items() if n), key=repr))
+    return _epsilon(ordered, check_delta(delta), accountant, relation)
 
 
 @lru_cache(maxsize=256)
@@ -95,7 +104,7 @@ def _epsilon(counts: tuple[tuple[Mechanism, int], ...], delta: float, accountant
     package = require_dp_accounting()
     if not counts:
         return 0.0
-    if any(mechanism.noise_multiplier == 0 for mechanism, _ in counts):
+    if any(mechanism.noise_multiplier < LEAST_NOISE for mechanism, _ in counts):
         return math.inf
     if accountant == "pld":
         if all(mechanism.sampling is None for mechanism, _ in counts):
@@ -103,7 +112,14 @@ def _epsilon(counts: tuple[tuple[Mechanism, int], ...], delta: float, accountant
             noise = combined_noise((mechanism.noise_multiplier, count) for mechanism, count in counts)
             return float(package.get_epsilon_gaussian(noise / sensitivity(relation), delta))
         counts = tuple(_grouped(counts).items())
-    composed = fresh_accountant(package, accountant, relation, dict(counts))
+    largest_loss = _largest_loss(dict(counts), relation)
+    if largest_loss > _LARGEST_LOSS:
+        return math.inf
+    neighbors = package.NeighboringRelation[relation.upper()]
+    if accountant == "rdp":
+        composed = package.rdp.RdpAccountant(neighboring_relation=neighbors)
+    else:
+        composed = package.pld.PLDAccountant(neighbors, max(_FINEST_GRID, largest_loss / _GRID_POINTS))
     for mechanism, count in counts:
         composed.compose(event_of(package, mechanism, accountant, relation), count)
     return float(composed.get_epsilon(delta))
@@ -112,14 +128,6 @@ def _epsilon(counts: tuple[tuple[Mechanism, int], ...], delta: float, accountant
 def sensitivity(relation: Relation) -> float:
     """In units of C: replacing a record takes one contribution out and puts another in."""
     return 2.0 if relation == "replace_one" else 1.0
-
-
-def fresh_accountant(package: Any, accountant: AccountantName, relation: Relation, counts: Mapping[Mechanism, int]) -> Any:
-    """An empty accountant of dp-accounting with room for ``counts``."""
-    neighbors = package.NeighboringRelation[relation.upper()]
-    if accountant == "rdp":
-        return package.rdp.RdpAccountant(neighboring_relation=neighbors)
-    return package.pld.PLDAccountant(neighbors, _grid(package, counts, relation))
 
 
 def event_of(package: Any, mechanism: Mechanism, accountant: AccountantName, relation: Relation) -> Any:
@@ -140,22 +148,28 @@ def event_of(package: Any, mechanism: Mechanism, accountant: AccountantName, rel
     )
 
 
-def _grid(package: Any, counts: Mapping[Mechanism, int], relation: Relation) -> float:
-    """Spacing of the loss grid: the default where the losses fit on a million points, else coarser.
+def _largest_loss(counts: Mapping[Mechanism, int], relation: Relation) -> float:
+    """About the largest privacy loss that the PLD accountant has to hold: epsilon at a delta below the tail that it cuts off."""
+    noises = [mechanism.noise_multiplier / _doubling(mechanism, relation) for mechanism in counts]
+    of_one = max(0.5 / noise**2 + 10 / noise for noise in noises)  # at ten standard deviations
+    return max(quick_epsilon(counts, 1e-15, relation), of_one)
 
-    The range is estimated by RDP with integer orders, at a delta below the tail that PLD cuts off.
-    """
+
+def quick_epsilon(counts: Mapping[Mechanism, int], delta: float, relation: Relation) -> float:
+    """About epsilon at ``delta``, mostly above it, in a hundredth of a second: RDP with integer orders. For first guesses only."""
+    package = require_dp_accounting()
     total = package.rdp.RdpAccountant(orders=range(2, 65))
-    largest = 0.0
     for mechanism, count in counts.items():
-        sampling = mechanism.sampling
-        doubled = relation == "replace_one" or (sampling is not None and sampling.kind == "truncated_poisson")
-        noise = mechanism.noise_multiplier / (2 if doubled else 1)
-        gaussian = package.GaussianDpEvent(noise)
-        total.compose(gaussian if sampling is None else package.PoissonSampledDpEvent(sampling.sample_rate, gaussian), count)
-        largest = max(largest, 0.5 / noise**2 + 10 / noise)  # the loss at ten standard deviations
-    span = max(float(total.get_epsilon(1e-15)), largest)
-    return max(_FINEST_GRID, span / _GRID_POINTS)
+        gaussian = package.GaussianDpEvent(mechanism.noise_multiplier / _doubling(mechanism, relation))
+        rate = 1.0 if mechanism.sampling is None else mechanism.sampling.sample_rate
+        total.compose(package.PoissonSampledDpEvent(rate, gaussian), count)
+    return float(total.get_epsilon(delta))
+
+
+def _doubling(mechanism: Mechanism, relation: Relation) -> float:
+    """What a quick bound divides the noise by: cutting a draw, too, exchanges one record for another."""
+    truncated = mechanism.sampling is not None and mechanism.sampling.kind == "truncated_poisson"
+    return 2.0 if truncated or relation == "replace_one" else 1.0
 
 
 def _grouped(counts: tuple[tuple[Mechanism, int], ...]) -> Counter[Mechanism]:

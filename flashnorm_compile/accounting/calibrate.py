@@ -10,20 +10,21 @@ from typing import Any
 from ..options import real
 from ..passes.errors import OptionsError
 from .accountant import (
+    LEAST_NOISE,
+    MOST_NOISE,
     AccountantName,
     Relation,
     check_delta,
     epsilon_of,
-    event_of,
-    fresh_accountant,
+    quick_epsilon,
     require_dp_accounting,
     sensitivity,
 )
 from .mechanism import Mechanism, Sampling
 
 _NOISE_TOLERANCE = 1e-3  # relative; the result errs to the private side
-_MOST_STEPS = 2**40
-_LEAST_NOISE, _MOST_NOISE = 1e-3, 1e9
+MOST_STEPS = 10**7
+"""The PLD accountant takes up to a minute for these, and does not end for ten times as many."""
 
 
 def planned_epsilon(
@@ -75,23 +76,16 @@ def calibrate(
     def spent(noise: float) -> float:
         return epsilon_of({Mechanism(noise, sampling): steps}, delta, accountant, relation)
 
-    package = require_dp_accounting()
-    if sampling is None and accountant == "pld":
-        noise = float(package.get_sigma_gaussian(target, delta)) * math.sqrt(steps) * sensitivity(relation)
-    else:
-        low, high = _bracket(spent, target)
-        mechanism = Mechanism(low, sampling)  # the least noise needs the coarsest grid
-        noise = package.calibrate_dp_mechanism(
-            lambda: fresh_accountant(package, accountant, relation, {mechanism: steps}),
-            lambda noise: package.SelfComposedDpEvent(event_of(package, Mechanism(noise, sampling), accountant, relation), steps),
-            target,
-            delta,
-            package.ExplicitBracketInterval(low, high),
-            tol=_NOISE_TOLERANCE * low,
-        )
-    while spent(noise) > target:  # rounding in the search
+    def about_spent(noise: float) -> float:
+        return quick_epsilon({Mechanism(noise, sampling): steps}, delta, relation)
+
+    if sampling is not None or accountant == "rdp":
+        start = _least_noise(about_spent, target, start=1.0, factor=2.0, tolerance=0.02)
+        return _least_noise(spent, target, start, factor=1.2, tolerance=_NOISE_TOLERANCE)
+    noise = float(require_dp_accounting().get_sigma_gaussian(target, delta)) * math.sqrt(steps) * sensitivity(relation)
+    while spent(noise) > target:  # rounding in the formula
         noise *= 1 + _NOISE_TOLERANCE / 10
-    return float(noise)
+    return noise
 
 
 def calibrate_steps(
@@ -112,37 +106,52 @@ def calibrate_steps(
     def fits(steps: int) -> bool:
         return epsilon_of({mechanism: steps}, delta, accountant, relation) <= target
 
-    low, high = 0, 1
-    while fits(high):
-        low, high = high, 2 * high
-        if high > _MOST_STEPS:
-            raise OptionsError(
-                f"More than {_MOST_STEPS} steps fit into epsilon={target:g} at delta={delta:g}. Check the arguments."
-            )
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+    def seems_to_fit(steps: int) -> bool:
+        return quick_epsilon({mechanism: steps}, delta, relation) <= target
+
+    low, high = _last(fits, start=_last(seems_to_fit, start=1)[0])
+    if high > MOST_STEPS:
+        raise OptionsError(f"More than {MOST_STEPS:,} steps fit into epsilon={target:g} at delta={delta:g}. Check the arguments.")
     return low
 
 
-def _bracket(spent: Callable[[float], float], target: float) -> tuple[float, float]:
-    """Noise multipliers, a factor 2 apart, of which the lower spends more than ``target`` and the higher does not."""
-    high = 1.0
+def _least_noise(spent: Callable[[float], float], target: float, start: float, factor: float, tolerance: float) -> float:
+    """The least noise multiplier, within a relative ``tolerance`` above it, that does not spend more than ``target``."""
+    high = start
     while spent(high) > target:
-        high *= 2
-        if high > _MOST_NOISE:
-            raise OptionsError(f"No noise_multiplier up to {_MOST_NOISE:g} meets epsilon={target:g}. Raise epsilon or delta.")
-    while spent(high / 2) <= target:
-        high /= 2
-        if high < _LEAST_NOISE:
+        high *= factor
+        if high > MOST_NOISE:
+            raise OptionsError(f"No noise_multiplier up to {MOST_NOISE:g} meets epsilon={target:g}. Raise epsilon or delta.")
+    low = high / factor
+    while spent(low) <= target:
+        low, high = low / factor, low
+        if low < LEAST_NOISE:
             raise OptionsError(f"Any noise_multiplier meets epsilon={target:g}. Check epsilon, delta and sample_rate.")
-    return high / 2, high
+    while high > low * (1 + tolerance):
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if spent(middle) <= target else (middle, high)
+    return high
+
+
+def _last(fits: Callable[[int], bool], start: int) -> tuple[int, int]:
+    """The last number that fits, at least 0, and the one behind it; only numbers up to ``MOST_STEPS`` are tried."""
+    low, high, stride = 0, MOST_STEPS + 1, max(start // 8, 1)
+    near = min(max(start, 1), MOST_STEPS)
+    while low < near < high:  # ever farther from the start, until one fits and one does not
+        low, high = (near, high) if fits(near) else (low, near)
+        near, stride = min(low + stride, MOST_STEPS) if low == near else max(high - stride, 0), 2 * stride
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low, high
 
 
 def _steps(steps: Any, *, allow_zero: bool = False) -> int:
     least = 0 if allow_zero else 1
-    if isinstance(steps, bool) or not isinstance(steps, numbers.Integral) or int(steps) < least:
-        raise OptionsError(f"steps must be an integer >= {least}, the number of noised releases; got {steps!r}.")
+    if isinstance(steps, bool) or not isinstance(steps, numbers.Integral) or not least <= int(steps) <= MOST_STEPS:
+        raise OptionsError(
+            f"steps must be an integer >= {least} and <= {MOST_STEPS:,}, the number of noised releases; got {steps!r}."
+        )
     return int(steps)
 
 

@@ -110,11 +110,11 @@ def _span(values: Any) -> str:
 
 
 def _pairs(epsilons: Mapping[float, float]) -> str:
-    return ", ".join(f"epsilon = {_rounded_up(epsilon)} at delta = {delta:g}" for delta, epsilon in epsilons.items())
+    return ", ".join(f"epsilon = {rounded_up(epsilon)} at delta = {delta:g}" for delta, epsilon in epsilons.items())
 
 
-def _rounded_up(epsilon: float) -> str:
-    """Four digits; never less than the number."""
+def rounded_up(epsilon: float) -> str:
+    """An epsilon with four digits, never less than the number."""
     if not 0 < epsilon < math.inf:
         return "0" if epsilon == 0 else "infinite (no privacy)"
     unit = 10.0 ** (math.floor(math.log10(epsilon)) - 3)

@@ -10,6 +10,8 @@ from rich.console import Console
 
 from ..accounting import calibrate, calibrate_steps, planned_epsilon
 from ..accounting.accountant import accountant_version
+from ..accounting.calibrate import MOST_STEPS
+from ..accounting.statement import rounded_up
 from .errors import UsageError
 
 DESCRIPTION = """\
@@ -71,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     lines = [
         f"{asked} = {computed}",
         "",
-        f"{mechanism}, spend epsilon = {_rounded_up(spent)} at delta = {arguments.delta:g}.",
+        f"{mechanism}, spend epsilon = {rounded_up(spent)} at delta = {arguments.delta:g}.",
         f"Accountant: {accountant_version(arguments.accountant)}; relation: {arguments.relation}.",
     ]
     if arguments.dataset_size is not None and arguments.delta * arguments.dataset_size > 1:
@@ -109,7 +111,7 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
             lambda x: 0 < x < math.inf,
             "a number > 0; without noise epsilon is infinite",
         ),
-        ("--steps", arguments.steps, lambda x: x >= 1, "an integer >= 1, the number of noised releases"),
+        ("--steps", arguments.steps, lambda x: 1 <= x <= MOST_STEPS, f"an integer >= 1 and <= {MOST_STEPS:,}, the noised releases"),
         ("--sample-rate", arguments.sample_rate, lambda x: 0 < x <= 1, "a probability, > 0 and <= 1"),
         ("--dataset-size", arguments.dataset_size, lambda x: x >= 1, "an integer >= 1"),
         ("--truncated-batch-size", arguments.truncated_batch_size, lambda x: x >= 1, "an integer >= 1"),
@@ -117,10 +119,6 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
     for flag, value, allowed, words in checks:
         if value is not None and not allowed(value):
             raise UsageError(f"{flag} must be {words}; got {value}.")
-
-
-def _rounded_up(epsilon: float) -> str:
-    return f"{math.ceil(epsilon * 1e4) / 1e4:g}" if epsilon < 100 else str(math.ceil(epsilon))
 
 
 def _left_out(arguments: argparse.Namespace) -> str:

@@ -91,8 +91,11 @@ def _plan(folder: Path, number: int) -> tuple[str, list[str]]:
     path = folder / f"plan_{number}.json"
     if not path.exists():
         return "?", []
-    plan = json.loads(path.read_text(encoding="utf-8"))
-    return str(plan["batch"]), [row["name"] for row in plan["parameters"]]
+    try:
+        plan = json.loads(path.read_text(encoding="utf-8"))
+        return str(plan["batch"]), [row["name"] for row in plan["parameters"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is not a plan as FLASHNORM_DUMP writes it. Dump the graph again with this version.") from error
 
 
 def _refused(folder: Path, number: int) -> Iterator[str]:

@@ -77,7 +77,7 @@ def _no_memory() -> Any:
         try:
             with FakeTensorMode():
                 yield
-        except (UsageError, ValueError):
+        except ValueError:  # a refusal or a mistake in the call: values have nothing to do with it
             raise
         except Exception:
             sys.stderr.write(

@@ -22,6 +22,7 @@ from torch._dynamo.decorators import mark_unbacked
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from ..accounting.account import Batch
+from ..options import real
 from ..passes.errors import OptionsError
 from ..state import PrivacyState
 from .padding import PADDING, WithPadding, map_tensors, with_mask
@@ -180,8 +181,12 @@ class PrivateDataLoader:
         """Goes on there: the next iteration delivers what was left of the one that was interrupted.
 
         Raises:
-            OptionsError: the state is of a sampler with other settings.
+            OptionsError: the state is of a sampler with other settings, or of something else.
         """
+        if set(state) != {"sampler", "left"}:
+            raise OptionsError(
+                f"load_state_dict needs what state_dict() of a private loader returned; got the keys {sorted(state)}."
+            )
         self.sampler.load_state_dict(state["sampler"])
         self._left = int(state["left"]) or None
 
@@ -255,7 +260,7 @@ def private_dataloader(
         dataset: Any = source.dataset
         if sample_rate is None and expected_batch_size is None:
             expected_batch_size = source.batch_size
-        physical_batch_size = physical_batch_size or source.batch_size
+        physical_batch_size = source.batch_size if physical_batch_size is None else physical_batch_size
     else:
         dataset = source
     if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
@@ -277,12 +282,13 @@ def private_dataloader(
     refused = {"batch_size", "shuffle", "sampler", "batch_sampler", "drop_last"} & set(loading)
     if refused:
         raise OptionsError(f"{', '.join(sorted(refused))}: the private loader decides this. Leave it out.")
-    rate = expected_batch_size / len(dataset) if sample_rate is None else sample_rate  # type: ignore[operator]
+    size = positive("the number of records", len(dataset))
+    rate = real("expected_batch_size", expected_batch_size) / size if sample_rate is None else sample_rate
     rank, world_size = _place(rank, world_size, seed)
     loader = PrivateDataLoader(
         dataset,
         state,
-        PoissonSampler(len(dataset), rate, steps=steps, truncated_batch_size=truncated_batch_size, seed=seed),
+        PoissonSampler(size, rate, steps=steps, truncated_batch_size=truncated_batch_size, seed=seed),
         physical_batch_size=None if physical_batch_size == "variable" else positive("physical_batch_size", physical_batch_size),
         collate=loading.pop("collate_fn", None) or default_collate,
         mask_name=mask_name,

@@ -67,7 +67,7 @@ def read_graph(graph: fx.Graph, outcome: Outcome | None = None) -> list[GraphNod
                 name=node.name,
                 value=_value(node.meta.get("val")),
                 kind=_kind(node.meta.get(META_KEY, "")),
-                operator=INPUT if node.op == "placeholder" else str(node.target),
+                operator=INPUT if node.op == "placeholder" else _operator(str(node.target)),
                 arguments=f"{node.args} {node.kwargs or ''}".rstrip(),
                 module=path,
                 module_class=module_class.rstrip(")"),
@@ -93,8 +93,13 @@ def parse_dump(text: str) -> list[GraphNode]:
         if found is None:
             raise ValueError(f"line {number} is not a node as FLASHNORM_DUMP writes it: {line[:80]!r}")
         name, value, kind, operator, arguments = (part or "" for part in found.groups())
-        rows.append(GraphNode(name, value, kind, operator, arguments))
+        rows.append(GraphNode(name, value, kind, _operator(operator), arguments))
     return rows
+
+
+def _operator(target: str) -> str:
+    """Python's own functions by their name alone: ``getitem``."""
+    return target.removeprefix("<built-in function ").removesuffix(">") if target.startswith("<built-in") else target
 
 
 def _value(value: Any) -> str:

@@ -9,7 +9,7 @@ from html import escape
 from typing import Any, TypeGuard
 
 Row = Mapping[str, Any]
-# Key of a plan row -> heading and unit. A column is shown if any row has it.
+# Key of a plan row -> heading and unit. A column is shown if any row has something in it.
 COSTS = {
     "predicted_us": ("predicted", "us"),
     "flops": ("FLOPs", ""),
@@ -21,7 +21,7 @@ _SHOWN = {"name", "shape", "frontier", "uses", "algorithm", "why", *COSTS}
 
 def plan_table(rows: Sequence[Row]) -> str:
     """An HTML table of ``Report.parameters``. Keys that it does not know are listed with each parameter."""
-    columns = [key for key in COSTS if any(row.get(key) is not None for row in rows)]
+    columns = [key for key in COSTS if any(row.get(key) for row in rows)]
     groups = [(name, members, {key: total(members, key) for key in columns}) for name, members in _alike(rows)]
     largest = {key: max((float(cost[key] or 0) for *_, cost in groups if _is_number(cost[key])), default=0.0) for key in columns}
     head = "".join(f'<th class="cost">{escape(COSTS[key][0])}</th>' for key in columns)
@@ -73,12 +73,16 @@ def _group(name: str, members: Sequence[Row], costs: Mapping[str, Any], largest:
     same: dict[str, list[str]] = {}
     for row in members:
         same.setdefault(_reason(row), []).append(str(row["name"]))
-    inside = "".join(f"<li>{escape(', '.join(names))}: {reason}</li>" for reason, names in same.items())
+    inside = "".join(f"<li>{escape(_listed(names))}: {reason}</li>" for reason, names in same.items())
     return (
         f'<tr><td class="name"><details><summary>{escape(name)}{count}</summary><ul>{inside}</ul></details></td>'
         f"<td>{escape(shape)}</td><td>{escape(str(first.get('frontier', '-')) + uses)}</td>"
         f'<td><span class="algorithm">{escape(str(first.get("algorithm", "-")))}</span></td>{bars}</tr>'
     )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= 2 else f"{names[0]} to {names[-1]} ({len(names)})"
 
 
 def _bar(value: Any, largest: float, unit: str) -> str:
@@ -87,12 +91,14 @@ def _bar(value: Any, largest: float, unit: str) -> str:
 
 
 def _reason(row: Row) -> str:
+    why = str(row.get("why", ""))
+    told = {"considered"} if all(name in why for name in row.get("considered") or ()) else set()
     extra = "".join(
         f'<div class="extra"><b>{escape(key)}</b> {escape(_plain(value))}</div>'
         for key, value in row.items()
-        if key not in _SHOWN and value not in (None, [], {}, "")
+        if key not in _SHOWN | told and value not in (None, [], {}, "")
     )
-    return escape(str(row.get("why", ""))) + extra
+    return escape(why) + extra
 
 
 def _plain(value: Any) -> str:

@@ -12,6 +12,8 @@
   const rewritten = (node) => node.status !== "kept";
   const mixed = (node) => node.kind.includes("Mixed(");
   const origin = nodes.find(mixed);
+  const firstOf = new Map();  // type -> the first node that has it
+  for (const node of nodes) if (!firstOf.has(node.kind)) firstOf.set(node.kind, node);
   let onlyRewritten = false;
 
   function element(tag, className, text) {
@@ -40,19 +42,23 @@
     return root;
   }
 
-  function row(node) {
+  // Why samples are mixed is told once, at the node that mixes them.
+  const kindText = (node) => mixed(node) && firstOf.get(node.kind) !== node ? node.kind.replace(/: .*/, ")") : node.kind;
+
+  // A source line stands at the first of the rows in a series that come from it.
+  function row(node, position, list) {
     const line = element("tr", rewritten(node) ? node.status : "");
     line.append(element("td", "", node.name), element("td", "", node.value));
     const kind = element("td");
     if (node.kind) {
       const plain = mixed(node) ? "Mixed" : node.kind.split("(")[0].split(" ")[0];
-      kind.append(element("span", "kind " + plain, node.kind));
+      kind.append(element("span", "kind " + plain, kindText(node)));
     } else if (node.part) {
       kind.append(element("span", "mark added", node.part));
     }
     const what = element("td", "", node.operator + " " + node.args);
     if (node.was) what.append(element("span", "was", "before: " + node.was));
-    if (node.source) what.append(element("span", "source", node.source));
+    if (node.source && (position === 0 || list[position - 1].source !== node.source)) what.append(element("span", "source", node.source));
     line.append(kind, what);
     return line;
   }
@@ -75,7 +81,7 @@
     const groups = [
       rows("inputs", own.filter((node) => node.operator === "input")),
       rows("forward", own.filter((node) => node.operator !== "input" && !node.backward)),
-      rows("backward", own.filter((node) => node.backward)),
+      rows("backward", own.filter((node) => node.operator !== "input" && node.backward)),
     ];
     for (const part of data.parts) {
       const added = place.nodes.filter((node) => node.status === "added" && node.part === part);
@@ -87,23 +93,22 @@
     return groups;
   }
 
-  function summary(place) {
-    const head = element("summary", "", place.label + " ");
-    const cls = data.classes[place.path];
+  function summary(label, cls, inside) {
+    const head = element("summary", "", label + " ");
     if (cls) head.append(element("span", "class", cls));
-    head.append(element("span", "count", place.all.length + " nodes"));
+    head.append(element("span", "count", inside.length + " nodes"));
     for (const status of ["added", "changed", "removed"]) {
-      const count = place.all.filter((node) => node.status === status).length;
+      const count = inside.filter((node) => node.status === status).length;
       if (count) head.append(element("span", "mark " + status, count + " " + status));
     }
-    const mixing = place.all.filter(mixed).length;
+    const mixing = inside.filter(mixed).length;
     if (mixing) head.append(element("span", "mark mixed", mixing + " Mixed"));
     return head;
   }
 
   function draw(place) {
     const box = element("details");
-    box.append(summary(place));
+    box.append(summary(place.label, data.classes[place.path], place.all));
     let drawn = false;
     box.addEventListener("toggle", () => {
       if (!box.open || drawn) return;
@@ -122,12 +127,11 @@
 
   function outside() {
     const box = element("details");
-    const head = element("summary", "", "inputs, outputs and what is in no single module ");
-    head.append(element("span", "count", root.nodes.length + " nodes"));
-    box.append(head);
+    box.append(summary("inputs, outputs and what is in no single module", "", root.nodes));
     box.addEventListener("toggle", () => {
       if (box.children.length === 1) box.append(...ownRows(root));
     });
+    box.open = root.nodes.includes(origin);
     return box;
   }
 

@@ -4,6 +4,7 @@
     Trainer(callbacks=[PrivacyCallback(delta=1e-5)]).fit(compiled, loader)
 
 ``training_step`` is what is compiled then, loss included. Lightning's ``self.log`` cannot be traced: report from a callback.
+Fabric needs no callback: its loops call ``backward`` and ``step`` themselves, see ``examples/fabric_loop.py``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .watch import Accounting, Watch, check_optimizer, refuse_if
 
 
 class PrivacyCallback(Callback):
-    """Checks that Lightning leaves released gradients alone, and logs ``epsilon``.
+    """Checks that Lightning leaves released gradients alone, and logs ``epsilon``, also in the progress bar.
 
     Args:
         delta: for the logged epsilon.
@@ -55,7 +56,8 @@ class PrivacyCallback(Callback):
         assert self._watch is not None
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if trainer.global_step % every == 0:
-            pl_module.log_dict({name: float(value) for name, value in self._watch.logs().items()})
+            for name, value in self._watch.logs().items():
+                pl_module.log(name, float(value), prog_bar=name == "epsilon")
 
 
 def _check_settings(trainer: Trainer) -> None:

@@ -25,11 +25,14 @@ def load_config(path: str | os.PathLike[str], table: str = "flashnorm") -> dict[
     ``torch.compile`` win over both. The rest of the file belongs to others and is not read.
 
     Raises:
-        OptionsError: the table is missing, or an option is unknown or wrong. Nothing is set then.
+        OptionsError: the file is not TOML, the table is missing, or an option is unknown or wrong. Nothing is set then.
         ImportError: Python 3.10 without the tomli package.
     """
     with open(path, "rb") as file:
-        document = _parser().load(file)
+        try:
+            document = _parser().load(file)
+        except ValueError as error:  # both parsers' own error, and text that is not UTF-8
+            raise OptionsError(f"{os.fspath(path)} is not a TOML file: {error}") from error
     values = document.get(table)
     if not isinstance(values, dict):
         raise OptionsError(f"{os.fspath(path)} has no table [{table}]. Its tables: {', '.join(document) or 'none'}.")
