@@ -117,7 +117,7 @@ def _products(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Iterat
         lambda: (w * c).sum(0, dtype=torch.float32).add_(torch.randn(p, d, device=device), alpha=0.5).to(dtype), 0.0,
         stored + weight * dtype.itemsize,
     )  # fmt: skip
-    yield Contest("norm_slots", shape, lambda: ops.norm_slots([w]).sum(2), lambda: _squares(w), 0.0, stored)
+    yield Contest("squared_norms", shape, lambda: ops.squared_norms([w]), lambda: _squares(w), 0.0, stored)
     total = torch.randn(p, d, device=device)
     yield Contest(
         "add_noise", shape, lambda: ops.add_noise(total, keys, std, 0, dtype),

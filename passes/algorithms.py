@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from . import kernels
-from .factored import Factor, is_convolution
+from .factored import Factor, is_convolution, unwidened
 from .factors import Outer, Rows, convolution_factors, squared_norms, squared_products, wide
 from .match import ParameterGradient, Use, write_operands
 from .plan import ParameterPlan
@@ -125,7 +125,7 @@ def norms_of(parts: Sequence[Part]) -> tuple[Tensor, list[int]]:
     found = [torch.stack([part.norms_sq for part in ready])] if ready else []  # type: ignore[misc]
     for group in kernels.together(missing, lambda part: part.dense.dtype, lambda part: 0):
         rows += [part.gradient.row for part in group]
-        found.append(ops.norm_slots([part.dense for part in group]).sum(2).float())
+        found.append(ops.squared_norms([part.dense for part in group]).float())
     return torch.cat(found).t(), rows
 
 
@@ -204,7 +204,7 @@ def _row_values(factor: Factor, values: Values, sizes: Sizes) -> Rows:
     position = {id(leaf): i for i, leaf in enumerate(use.leaves) if isinstance(leaf, fx.Node)}
 
     def own(node: fx.Node) -> Tensor:
-        value = values[node]
+        value = values[unwidened(node)]
         axis = use.axes.get(position[id(node)])
         return value.unsqueeze(0).expand(sizes.batch, *value.shape) if axis is None else samples_first(value, axis, sizes)
 

@@ -99,6 +99,17 @@ def _last_axis_free(use: Use, ctx: Context, values: Any) -> bool:
     return use.axes[position].dim < len(ctx.shape(values)) - 1 and ctx.shape(values)[-1] == ctx.shape(use.operation)[-1]
 
 
+def unwidened(node: fx.Node) -> fx.Node:
+    """What a node was cast from, as long as the cast lost nothing: kernels widen by themselves."""
+    while node.target in (prims.convert_element_type.default, aten._to_copy.default):
+        source: fx.Node = node.args[0]  # type: ignore[assignment]
+        old, new = source.meta["val"].dtype, node.meta["val"].dtype
+        if not (old.is_floating_point and new.is_floating_point and old.itemsize < new.itemsize):
+            break
+        node = source
+    return node
+
+
 def contraction_length(factor: Factor, ctx: Context) -> Expr:
     """T: positions per sample over which the factor is summed."""
     position, axis = next(iter(factor.use.axes.items()))

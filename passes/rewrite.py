@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from ..templates import convolution, flash_norm, noise, release  # noqa: F401  (registers the operators)
 from .algorithms import Release, norms_of, part_of, released
+from .factored import unwidened
 from .graph_spec import GraphSpec, Role
 from .match import gradient_outputs
 from .plan import ParameterPlan
@@ -78,7 +79,7 @@ def _inputs_of(graph: fx.Graph, spec: GraphSpec, plans: list[ParameterPlan]) -> 
         gradient = plan.gradient
         inside = {use.node for use in gradient.uses} | set(gradient.tail)
         for node in [*(use.operation for use in gradient.uses), *gradient.tail]:
-            needed.update(arg for arg in node.all_input_nodes if arg not in inside)
+            needed.update(part for arg in node.all_input_nodes if arg not in inside for part in (arg, unwidened(arg)))
         if not gradient.uses:
             needed.add(gradient.node)  # type: ignore[arg-type]
     for node, given in placeholder_specs(graph, spec):

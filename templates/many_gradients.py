@@ -1,22 +1,23 @@
 """Norms, clipped sums and noise of many materialised gradients at once: a launch for all of them, where each would be too small
 to fill a GPU.
 
-    flashnorm::norm_slots(Tensor[] grads) -> Tensor
+    flashnorm::squared_norms(Tensor[] grads) -> Tensor
     flashnorm::weighted_sums_noise(Tensor[] grads, Tensor factors, Tensor keys, Tensor std, int[] rows, ScalarType dtype)
         -> Tensor[]
 
     grads    K of [B, ...]  per-sample gradients, real floating-point numbers of one type, any strides
     factors  [P, B]         float32; a sample with factor 0.0 adds exactly 0, whatever it holds (NaN and Inf too)
     keys, std, rows         gradient k takes factors[rows[k]] and the noise of ``flashnorm::add_noise`` with row rows[k]
-    returns  [K, B, slots]  float32 (float64 for float64): adding the slots gives the squared norms
+    returns  [K, B]         float32 (float64 for float64): squared norms
              K of [...]     what ``weighted_sum_noise`` gives for each, in ``dtype``
 
 A training step has hundreds of parameters, most of them short vectors, and a launch costs as much as moving 12 MB.
 
 Kernels. The gradients' addresses are a tuple of arguments; their sizes, and so where the tiles of each begin, are constants. An
-item is a tile of one gradient, which a chain of K selects finds, without reading memory. ``norm_slots``: items are [B, tiles];
-CHUNK elements are squared and added in float32, in a fixed order, and each chunk has a slot of its own (slots that a short gradient
-does not need are 0). ``weighted_sums_noise``: the tile of ``weighted_sum_noise``, the same sums and the same noise.
+item is a tile of one gradient, which a chain of K selects finds, without reading memory. ``squared_norms``: items are [B, tiles];
+CHUNK elements are squared and added in float32; each chunk has a place of its own, and the last one of a norm to arrive adds all of
+them in their order, so that the result is deterministic. ``weighted_sums_noise``: the tile of ``weighted_sum_noise``, the same sums
+and the same noise.
 
 Legend: K gradients, B samples, P parameters of the graph.
 """
@@ -32,9 +33,9 @@ import torch
 from torch import Tensor
 
 from . import noise, weighted_sum
-from ._triton import HAS_TRITON, KERNEL_DTYPES, ceil_div
+from ._triton import HAS_TRITON, KERNEL_DTYPES
 
-CHUNK = 16384  # elements of a slot
+CHUNK = 16384  # elements that one program squares and adds
 AT_ONCE = 64  # gradients of one launch: kernels take 4 KiB of arguments on every CUDA version
 
 
@@ -42,11 +43,6 @@ AT_ONCE = 64  # gradients of one launch: kernels take 4 KiB of arguments on ever
 def _kernels() -> ModuleType | None:
     """many_triton.py, or None without Triton."""
     return importlib.import_module("flashnorm_compile.templates.many_triton") if noise.triton_kernels() else None
-
-
-def slots_of(grads: Sequence[Tensor]) -> int:
-    """Slots of the longest gradient."""
-    return max([1, *(ceil_div(_size(grad), CHUNK) for grad in grads)])
 
 
 def _size(grad: Tensor) -> int:
@@ -61,29 +57,23 @@ def _fits(grads: Sequence[Tensor]) -> bool:
     return grads[0].dtype in KERNEL_DTYPES and max(map(_size, grads)) < 2**30
 
 
-def norm_slots_aten(grads: list[Tensor]) -> Tensor:
-    """In plain PyTorch, for every device: each norm in the first slot."""
+def squared_norms_aten(grads: list[Tensor]) -> Tensor:
+    """In plain PyTorch, for every device."""
     _check(grads)
     wide = torch.promote_types(grads[0].dtype, torch.float32)
-    batch = grads[0].shape[0]
-    out = torch.zeros((len(grads), batch, slots_of(grads)), dtype=wide, device=grads[0].device)
-    for k, grad in enumerate(grads):
-        flat = grad.reshape(batch, -1) if grad.numel() else grad.new_zeros(batch, 1)
-        out[k, :, 0] = torch.linalg.vector_norm(flat, dim=1, dtype=wide).square()
-    return out
+    norms = [torch.linalg.vector_norm(grad.flatten(1) if grad.dim() > 1 else grad[:, None], dim=1, dtype=wide) for grad in grads]
+    return torch.stack(norms).square_()
 
 
-def norm_slots_triton(grads: list[Tensor]) -> Tensor:
+def squared_norms_triton(grads: list[Tensor]) -> Tensor:
     """The kernel; other types than its own by ATen."""
     _check(grads)
     kernels = _kernels()
     if not kernels or not _fits(grads):
-        return norm_slots_aten(grads)
+        return squared_norms_aten(grads)
     grads = [grad.contiguous() for grad in grads]
-    out = torch.zeros((len(grads), grads[0].shape[0], slots_of(grads)), dtype=torch.float32, device=grads[0].device)
-    for begin in range(0, len(grads), AT_ONCE):
-        kernels.norm_slots(grads[begin : begin + AT_ONCE], out[begin : begin + AT_ONCE], CHUNK)
-    return out
+    parts = [kernels.squared_norms(grads[begin : begin + AT_ONCE], CHUNK) for begin in range(0, len(grads), AT_ONCE)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def weighted_sums_noise_aten(
@@ -128,10 +118,9 @@ def _check(grads: Sequence[Tensor], factors: Tensor | None = None, rows: Sequenc
         )
 
 
-def _fake_norm_slots(grads: list[Tensor]) -> Tensor:
+def _fake_norms(grads: list[Tensor]) -> Tensor:
     _check(grads)
-    wide = torch.promote_types(grads[0].dtype, torch.float32)
-    return grads[0].new_empty((len(grads), grads[0].shape[0], slots_of(grads)), dtype=wide)
+    return grads[0].new_empty((len(grads), grads[0].shape[0]), dtype=torch.promote_types(grads[0].dtype, torch.float32))
 
 
 def _fake_sums(
@@ -144,15 +133,15 @@ def _fake_sums(
 
 _library = torch.library.Library("flashnorm", "FRAGMENT")
 _PT2 = (torch.Tag.pt2_compliant_tag,)
-_library.define("norm_slots(Tensor[] grads) -> Tensor", tags=_PT2)
+_library.define("squared_norms(Tensor[] grads) -> Tensor", tags=_PT2)
 _library.define(
     "weighted_sums_noise(Tensor[] grads, Tensor factors, Tensor keys, Tensor std, int[] rows, ScalarType dtype) -> Tensor[]",
     tags=_PT2,
 )
-_library.impl("norm_slots", norm_slots_aten, "CompositeExplicitAutograd")
+_library.impl("squared_norms", squared_norms_aten, "CompositeExplicitAutograd")
 _library.impl("weighted_sums_noise", weighted_sums_noise_aten, "CompositeExplicitAutograd")
 if HAS_TRITON:
-    _library.impl("norm_slots", norm_slots_triton, "CUDA")
+    _library.impl("squared_norms", squared_norms_triton, "CUDA")
     _library.impl("weighted_sums_noise", weighted_sums_noise_triton, "CUDA")
-torch.library.register_fake("flashnorm::norm_slots", _fake_norm_slots, lib=_library)
+torch.library.register_fake("flashnorm::squared_norms", _fake_norms, lib=_library)
 torch.library.register_fake("flashnorm::weighted_sums_noise", _fake_sums, lib=_library)

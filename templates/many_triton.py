@@ -10,48 +10,70 @@ import triton.language as tl
 from torch import Tensor
 
 from ._triton import ceil_div
-from .noise_triton import PHILOX, NoiseTile, programs_of, sum_tile
+from .noise_triton import PHILOX, TILE, NoiseTile, programs_of, sum_tile
 
-# A tile of ``weighted_sum_noise`` would spill here (float32, sm_90): the chosen addresses take registers as well.
-TILE = NoiseTile(counters=128)
+# With half as many warps a thread's share of a tile, and the chosen addresses, spill.
+WARPS = 8
 
 
 @triton.jit
-def pick(addresses: tl.tensor, tile: tl.tensor, STARTS: tl.constexpr, SIZES: tl.constexpr, COUNT: tl.constexpr) -> tl.tensor:
-    """(number, address, first tile, size) of the gradient that ``tile`` belongs to."""
-    number = tile * 0
+def pick(
+    addresses: tl.tensor, targets: tl.tensor, tile: tl.tensor,
+    STARTS: tl.constexpr, SIZES: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """(row, address, target, first tile, size) of the gradient that ``tile`` belongs to.
+
+    One loop for all of them: what a comparison gives is used at once, and its register is free again.
+    """
+    row = tile * 0 + ROWS[0]
     address = addresses[0].to(tl.int64)
+    target = targets[0].to(tl.int64)
     first = tile * 0
     size = tile * 0 + SIZES[0]
     for k in tl.static_range(1, COUNT):
         begun = tile >= STARTS[k]
-        number = tl.where(begun, k, number)
+        row = tl.where(begun, ROWS[k], row)
         address = tl.where(begun, addresses[k].to(tl.int64), address)
+        target = tl.where(begun, targets[k].to(tl.int64), target)
         first = tl.where(begun, STARTS[k], first)
         size = tl.where(begun, SIZES[k], size)
-    return number, address, first, size
+    return row, address, target, first, size
 
 
 @triton.jit
-def norm_slots_kernel(
-    grads: tl.tensor, out_ptr: tl.tensor, batch: tl.tensor, slots: tl.tensor,
-    STARTS: tl.constexpr, SIZES: tl.constexpr, COUNT: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-    EVEN: tl.constexpr,
+def squared_norms_kernel(
+    grads: tl.tensor, out_ptr: tl.tensor, partials: tl.tensor, counters: tl.tensor, batch: tl.tensor, slots: tl.tensor,
+    STARTS: tl.constexpr, SIZES: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr, EVEN: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Writes ``out`` [COUNT, B, slots], which holds zeros. ``EVEN``: all addresses and sizes are multiples of 16."""
+    """Writes ``out`` [rows, B]. ``partials`` [rows, B, slots] may hold anything; ``counters`` int32 [rows, B] are zero before and
+    after. ``EVEN``: all addresses and sizes are multiples of 16."""
+    lane = tl.arange(0, BLOCK)
     for item in tl.range(tl.program_id(0), batch * STARTS[COUNT], tl.num_programs(0)):
         b, tile = item // STARTS[COUNT], item % STARTS[COUNT]
-        number, address, first, size = pick(grads, tile, STARTS, SIZES, COUNT)
+        number, address, _, first, size = pick(grads, grads, tile, STARTS, SIZES, ROWS, COUNT)
         sample = address.to(grads[0].dtype) + tl.cast(b, tl.int64) * size
+        chunks = (size + CHUNK - 1) // CHUNK
         if EVEN:
             sample, size = tl.multiple_of(sample, 16), tl.multiple_of(size, 16)
         start = (tile - first) * CHUNK
         total = tl.zeros((BLOCK,), tl.float32)
         for offset in tl.range(0, CHUNK, BLOCK):
-            element = start + offset + tl.arange(0, BLOCK)
+            element = start + offset + lane
             value = tl.load(sample + element, mask=element < size, other=0.0).to(tl.float32)
             total += value * value
-        tl.store(out_ptr + (tl.cast(number, tl.int64) * batch + b) * slots + (tile - first), tl.sum(total))
+        place = tl.cast(number, tl.int64) * batch + b
+        tl.store(partials + place * slots + (tile - first), tl.sum(total))
+        # All stores of this program come before its arrival, and the last arrival before the loads below.
+        tl.debug_barrier()
+        arrived = tl.atomic_add(counters + place, 1, sem="acq_rel", scope="gpu")
+        if arrived == chunks - 1:
+            tl.store(counters + place, 0)
+            total = tl.zeros((BLOCK,), tl.float32)
+            for offset in tl.range(0, chunks, BLOCK):
+                at = partials + place * slots + offset + lane
+                total += tl.load(at, mask=offset + lane < chunks, other=0.0, cache_modifier=".cg")
+            tl.store(out_ptr + place, tl.sum(total))
 
 
 @triton.jit
@@ -65,11 +87,7 @@ def weighted_sums_noise_kernel(
     row ROWS[k]. ``EVEN``: all addresses and sizes are multiples of 16."""
     std = tl.load(std_ptr)
     for tile in tl.range(tl.program_id(0), STARTS[COUNT], tl.num_programs(0)):
-        number, address, first, size = pick(grads, tile, STARTS, SIZES, COUNT)
-        _, target, _, _ = pick(outs, tile, STARTS, SIZES, COUNT)
-        row = tile * 0 + ROWS[0]
-        for k in tl.static_range(1, COUNT):
-            row = tl.where(number == k, ROWS[k], row)
+        row, address, target, first, size = pick(grads, outs, tile, STARTS, SIZES, ROWS, COUNT)
         out, grad = target.to(outs[0].dtype), address.to(grads[0].dtype)
         if EVEN:
             out, grad, size = tl.multiple_of(out, 16), tl.multiple_of(grad, 16), tl.multiple_of(size, 16)
@@ -80,15 +98,20 @@ def weighted_sums_noise_kernel(
         )  # fmt: skip
 
 
-def norm_slots(grads: Sequence[Tensor], out: Tensor, chunk: int, block: int = 1024) -> None:
-    """Writes the sums of squares of each chunk to ``out`` [K, B, slots], which holds zeros; all contiguous, ``out`` float32."""
+def squared_norms(grads: Sequence[Tensor], chunk: int, block: int = 1024) -> Tensor:
+    """float32 [K, B], in one launch; all gradients contiguous. ``chunk`` elements are added by one program."""
     sizes = tuple(grad[0].numel() if len(grad) else 0 for grad in grads)
-    starts, batch = tiles_of(sizes, chunk), grads[0].shape[0]
+    starts, batch, device = tiles_of(sizes, chunk), grads[0].shape[0], grads[0].device
+    slots = max(1, *(ceil_div(size, chunk) for size in sizes)) if sizes else 1
+    out = torch.zeros((len(sizes), batch), dtype=torch.float32, device=device)
+    partials = torch.empty((len(sizes), batch, slots), dtype=torch.float32, device=device)
+    counters = torch.zeros((len(sizes), batch), dtype=torch.int32, device=device)
     if batch * starts[-1]:
-        norm_slots_kernel[(min(batch * starts[-1], programs_of(out.device)),)](
-            tuple(grads), out, batch, out.shape[2],
-            STARTS=starts, SIZES=sizes, COUNT=len(sizes), CHUNK=chunk, BLOCK=block, EVEN=is_even(*grads),
+        squared_norms_kernel[(min(batch * starts[-1], programs_of(device)),)](
+            tuple(grads), out, partials, counters, batch, slots, STARTS=starts, SIZES=sizes, ROWS=tuple(range(len(sizes))),
+            COUNT=len(sizes), CHUNK=chunk, BLOCK=block, EVEN=is_even(*grads), num_warps=WARPS,
         )  # fmt: skip
+    return out
 
 
 def weighted_sums_noise(
@@ -103,7 +126,7 @@ def weighted_sums_noise(
         weighted_sums_noise_kernel[(min(starts[-1], programs_of(factors.device)),)](
             tuple(outs), tuple(grads), factors, keys, std, *factors.stride(), *keys.stride(), grads[0].shape[0],
             STARTS=starts, SIZES=sizes, ROWS=tuple(rows), COUNT=len(outs), EVEN=is_even(*grads),
-            PARTS=keys.shape[1] == 5, COUNTERS=tile.counters, GENERATOR=generator,
+            PARTS=keys.shape[1] == 5, COUNTERS=tile.counters, GENERATOR=generator, num_warps=WARPS,
         )  # fmt: skip
     return outs
 

@@ -104,7 +104,9 @@ def test_generated_code_is_the_plan(name: str) -> None:
     private, plan = generated(CASES[name], Ours("flashnorm"))
     assert plan is not None
     calls = calls_of_ours(private)
-    together = {key: calls.pop(key, 0) for key in ("release", "norm_slots", "weighted_sums_noise", "add_noise", "_add_noise_into")}
+    together = {
+        key: calls.pop(key, 0) for key in ("release", "squared_norms", "weighted_sums_noise", "add_noise", "_add_noise_into")
+    }
     assert calls == planned_calls(plan)
     assert together["release"] == 1
     assert together["weighted_sums_noise"] <= 2 + sum(_released_bytes(plan)) / 2**25 + len(plan.parameters) / 64

@@ -141,7 +141,7 @@ def test_a_plan_becomes_these_operators_and_no_others(kind: str, algorithm: str)
 
 @pytest.mark.usefixtures("_operators")
 def test_one_sample_reads_its_gradient_twice() -> None:
-    assert ours(private_graph(product(), sequences(1), "auto")) == {"norm_slots": 1, "weighted_sums_noise": 1}
+    assert ours(private_graph(product(), sequences(1), "auto")) == {"squared_norms": 1, "weighted_sums_noise": 1}
 
 
 @pytest.mark.usefixtures("_operators")

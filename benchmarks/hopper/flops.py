@@ -58,7 +58,7 @@ MOVES_DATA = frozenset(
         "add_noise_",
         "_add_noise_into",
         "embedding_norm",
-        "norm_slots",
+        "squared_norms",
         "release",
         "sort_indices",
         "weighted_sum",

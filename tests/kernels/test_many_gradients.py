@@ -1,4 +1,4 @@
-"""``norm_slots`` and ``weighted_sums_noise``: kernels in Triton's interpreter and compiled, ATen forms, and what they refuse."""
+"""``squared_norms`` and ``weighted_sums_noise``: kernels in Triton's interpreter and compiled, ATen forms, and what they refuse."""
 
 from __future__ import annotations
 
@@ -62,18 +62,16 @@ def test_sums_and_noise_are_those_of_each(
     batch=st.integers(0, 4), shapes=st.lists(SHAPES, min_size=1, max_size=4), dtype=st.sampled_from(DTYPES),
     chunk=st.sampled_from([16, 64, 1024]), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_slots_add_up_to_the_norms(batch: int, shapes: list[tuple[int, ...]], dtype: torch.dtype, chunk: int, seed: int) -> None:
+def test_norms_of_each(batch: int, shapes: list[tuple[int, ...]], dtype: torch.dtype, chunk: int, seed: int) -> None:
     torch.manual_seed(seed)
     grads, _, _ = problem(batch, shapes, dtype, drop=False)
     exact = torch.stack(
         [grad.double().reshape(batch, -1).square().sum(1) if grad.numel() else torch.zeros(batch) for grad in grads]
     )
-    slots = max(1, *(-(-grad[0].numel() // chunk) for grad in grads)) if batch else 1
-    out = torch.zeros(len(grads), batch, slots)
     with interpreted_launches(seed):
-        many_triton.norm_slots(grads, out, chunk, block=16)
-    for found in (out, ops.norm_slots(grads)):
-        torch.testing.assert_close(found.sum(2).double(), exact.double(), rtol=1e-5, atol=0)
+        found = many_triton.squared_norms(grads, chunk, block=16)
+    for norms in (found, ops.squared_norms(grads)):
+        torch.testing.assert_close(norms.double(), exact.double(), rtol=1e-5, atol=0)
 
 
 def test_more_gradients_than_a_launch_takes() -> None:
@@ -81,15 +79,15 @@ def test_more_gradients_than_a_launch_takes() -> None:
     arguments = grads, factors, KEYS, torch.tensor(0.3), rows, torch.float32
     with interpreted_launches():
         outs = many_gradients.weighted_sums_noise_triton(*arguments)
-        slots = many_gradients.norm_slots_triton([grad[1:] for grad in grads])
+        norms = many_gradients.squared_norms_triton([grad[1:] for grad in grads])
     torch.testing.assert_close(outs, ops.weighted_sums_noise(*arguments), rtol=RTOL, atol=ATOL)
-    torch.testing.assert_close(slots.sum(2), ops.norm_slots([grad[1:] for grad in grads]).sum(2))
+    torch.testing.assert_close(norms, ops.squared_norms([grad[1:] for grad in grads]))
 
 
 def test_operators_are_declared_correctly() -> None:
     grads, factors, rows = problem(3, [(4, 5), (), (7,)], torch.float32, drop=False)
     utils = ("test_schema", "test_faketensor")
-    torch.library.opcheck(ops.norm_slots.default, (grads,), test_utils=utils)
+    torch.library.opcheck(ops.squared_norms.default, (grads,), test_utils=utils)
     arguments = (grads, factors, KEYS, torch.tensor(0.5), rows, torch.bfloat16)
     torch.library.opcheck(ops.weighted_sums_noise.default, arguments, test_utils=utils)
 
@@ -97,7 +95,7 @@ def test_operators_are_declared_correctly() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     grads, factors, rows = problem(3, [(4,), (5,)], torch.float32, drop=False)
     with pytest.raises(ValueError, match="of one type and number of samples"):
-        ops.norm_slots([grads[0], grads[1][:2]])
+        ops.squared_norms([grads[0], grads[1][:2]])
     with pytest.raises(ValueError, match=r"needs float32 \[P, B\] and a row for each"):
         ops.weighted_sums_noise(grads, factors[0], KEYS, torch.tensor(0.5), rows, torch.float32)
 
@@ -107,26 +105,26 @@ def test_what_does_not_fit_is_refused() -> None:
 def test_kernels_compile_without_spills_and_load_vectors(dtype: torch.dtype, capability: int) -> None:
     count, sizes = 64, (768, 768 * 3072) * 32
     pointers = ("*" + TRITON_NAMES[dtype],) * count
-    common = {"SIZES": sizes, "COUNT": count, "EVEN": True}
-    slots = {"STARTS": many_triton.tiles_of(sizes, 16384), "CHUNK": 16384, "BLOCK": 1024, **common}
-    sums = {
-        "STARTS": many_triton.tiles_of(sizes, 4 * many_triton.TILE.counters), "ROWS": tuple(range(count)), "PARTS": False,
-        "COUNTERS": many_triton.TILE.counters,
-        "GENERATOR": noise_triton.PHILOX.value, **common,
-    }  # fmt: skip
+    common = {"SIZES": sizes, "ROWS": tuple(range(count)), "COUNT": count, "EVEN": True}
+    norms = {"STARTS": many_triton.tiles_of(sizes, 16384), "CHUNK": 16384, "BLOCK": 1024, **common}
+    counters = noise_triton.TILE.counters
+    drawn = {"PARTS": False, "COUNTERS": counters, "GENERATOR": noise_triton.PHILOX.value}
+    sums = {"STARTS": many_triton.tiles_of(sizes, 4 * counters), **drawn, **common}
     scalars = ("batch", "slots", "factor_row", "factor_stride", "key_stride", "word_stride")
     types = {
         "grads": pointers,
         "outs": pointers,
         "out_ptr": "*fp32",
+        "partials": "*fp32",
+        "counters": "*i32",
         "factors_ptr": "*fp32",
         "keys_ptr": "*i64",
         "std_ptr": "*fp32",
     }
-    for kernel, constants in ((many_triton.norm_slots_kernel, slots), (many_triton.weighted_sums_noise_kernel, sums)):
+    for kernel, constants in ((many_triton.squared_norms_kernel, norms), (many_triton.weighted_sums_noise_kernel, sums)):
         names = [parameter.name for parameter in kernel.params]
         signature = {n: "constexpr" if n in constants else "i32" if n in scalars else types[n] for n in names}
-        made = compile_source(ASTSource(kernel, signature, constants, {}), capability, 4, 3)
+        made = compile_source(ASTSource(kernel, signature, constants, {}), capability, many_triton.WARPS, 3)
         assert made.stack == 0
         assert made.shared <= device_of_capability(capability).shared_bytes
         assert "ld.global.v" in made.ptx, "loads of several elements"
