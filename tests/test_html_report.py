@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from flashnorm_compile.passes import kernels
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -143,6 +144,22 @@ def test_graph_holds_every_node_with_type_module_and_mark(tagged: tuple[str, Pag
     names = ("embed.weight", *(f"blocks.{i}.{kind}" for i in range(2) for kind in ("weight", "bias")))
     assert {(part, name) for part in ("per-sample norm", "clipped sum", "noise") for name in names} <= parts
     assert ("clip factors", "") in parts
+
+
+def test_operators_of_a_gpu_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There, stored gradients are summed and noised at once; each part still has its parameter."""
+    monkeypatch.setattr(kernels, "fused", lambda *_: True)
+    _, page = page_of(Tagger(), torch.randint(50, (4, 6)), torch.randint(50, (4, 6)))
+    data = page.data()
+    rows = [row for row in data["nodes"] if row[8] >= 0]
+    parts = [(data["operators"][row[3]], data["parts"][row[8]], data["parameters"][row[9]]) for row in rows]
+    names = {"embed.weight", *(f"blocks.{i}.{kind}" for i in range(2) for kind in ("weight", "bias"))}
+    assert {name for operator, part, name in parts if (operator, part) == ("getitem", "clipped sum and noise")} == names
+    assert {name for _, part, name in parts if part == "per-sample norm"} == names | {""}
+    assert {name for operator, _, name in parts if operator == "flashnorm.weight_grads.default"} == {
+        "blocks.0.weight",
+        "blocks.1.weight",
+    }
 
 
 def test_report_of_a_refused_model_shows_where_samples_mix() -> None:

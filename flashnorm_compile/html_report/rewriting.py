@@ -16,7 +16,9 @@ NORM = "per-sample norm"
 FACTORS = "clip factors"
 SUM = "clipped sum"
 NOISE = "noise"
-PARTS = (PREPARED, NORM, FACTORS, SUM, NOISE)
+SUM_AND_NOISE = "clipped sum and noise"
+PARTS = (PREPARED, NORM, FACTORS, SUM, NOISE, SUM_AND_NOISE)
+_OPERATORS = {"flashnorm.release": FACTORS, "flashnorm.add_noise": NOISE, "flashnorm.weighted_sums_noise": SUM_AND_NOISE}
 
 
 @dataclass(frozen=True)
@@ -82,24 +84,31 @@ def _typed(node: GraphNode, kinds: dict[str, GraphNode]) -> GraphNode:
 def _parts(after: Sequence[GraphNode], known: set[str]) -> dict[str, str]:
     """What each added node computes: norms come before the clip factors, clipped sums are computed from them."""
     parts: dict[str, str] = {}
+    constants: set[str] = set()
     for node in after:
         if node.name in known:
             continue
-        if node.operator.startswith("flashnorm.add_noise"):
-            parts[node.name] = NOISE
-        elif node.operator.startswith("flashnorm.release"):
-            parts[node.name] = FACTORS
+        sources = [parts[name] for name in node.reads() if name in parts]
+        operator = node.operator.rpartition(".")[0]
+        if operator in _OPERATORS:
+            parts[node.name] = _OPERATORS[operator]
+        elif node.operator == "getitem" and sources:
+            parts[node.name] = sources[0]
         else:
-            sources = {parts.get(name) for name in node.reads()}
-            of_release = "getitem" in node.operator and FACTORS in sources
-            parts[node.name] = FACTORS if of_release else SUM if sources & {FACTORS, SUM} else NORM
+            last = next((part for part in (SUM_AND_NOISE, NOISE) if part in sources), None)
+            parts[node.name] = last or (SUM if {FACTORS, SUM} & set(sources) else NORM)
+        for name in constants & set(node.reads()):  # what reads nothing belongs to its first reader
+            parts[name] = parts[node.name]
+            constants.remove(name)
+        if not sources and not any(name in known for name in node.reads()):
+            constants.add(node.name)
     return parts
 
 
 def _owners(after: Sequence[GraphNode], parts: dict[str, str], parameters: Sequence[str]) -> dict[str, str]:
     """Added node -> the parameter whose gradient alone it serves.
 
-    A parameter is known by its row: an argument of the noise, and its position where the norms are put together.
+    A parameter is known by its row: an argument of the noise, and of the release for each column of the norms.
     """
     nodes = {node.name: node for node in after}
     reached: dict[str, set[int]] = {}
@@ -108,20 +117,49 @@ def _owners(after: Sequence[GraphNode], parts: dict[str, str], parameters: Seque
         stack = [start]
         while stack:
             name = stack.pop()
-            if parts.get(name) in (NORM, SUM, NOISE) and row not in reached.setdefault(name, set()):
+            if parts.get(name) not in (None, FACTORS) and row not in reached.setdefault(name, set()):
                 reached[name].add(row)
                 stack += [read for read in nodes[name].reads() if read in nodes]
 
+    def spread_columns(name: str, rows: Sequence[int]) -> None:
+        """``name``: a tensor of as many columns as ``rows``, put together from one or several for each parameter."""
+        pieces = next((listed for listed in _lists(nodes[name]) if all(piece in parts for piece in listed)), [])
+        if not pieces:
+            before = next((read for read in nodes[name].reads() if parts.get(read) == NORM), None)
+            if before is not None:
+                spread_columns(before, rows)
+            return
+        widths = [_columns(nodes[piece]) if "cat" in nodes[name].operator else 1 for piece in pieces]
+        if sum(widths) == len(rows):
+            for piece, width in zip(pieces, widths, strict=True):
+                mine, rows = rows[:width], rows[width:]
+                if width == 1:
+                    spread(piece, mine[0])
+                else:
+                    spread_columns(piece, mine)
+
     for node in after:
-        if parts.get(node.name) == NOISE:
-            row = re.match(r"\(\w+, \w+, \w+, (\d+)", node.arguments)
-            if row is not None:
-                spread(node.name, int(row[1]))
-        elif parts.get(node.name) == FACTORS:
-            for stacked in (nodes[read] for read in node.reads() if parts.get(read) == NORM):
-                columns = [read for read in stacked.reads() if read in nodes]
-                if len(columns) == len(parameters):
-                    for row_number, column in enumerate(columns):
-                        spread(column, row_number)
+        lists, part = _lists(node), parts.get(node.name)
+        if part == NOISE and (row := re.match(r"\(\w+, \w+, \w+, (\d+)", node.arguments)):
+            spread(node.name, int(row[1]))
+        elif part == SUM_AND_NOISE and len(lists) == 2:
+            for gradient, row_number in zip(lists[0], lists[1], strict=True):
+                spread(gradient, int(row_number))
+        elif part == SUM_AND_NOISE and (item := re.match(r"\((\w+), (\d+)\)", node.arguments)):
+            reached[node.name] = {int(_lists(nodes[item[1]])[1][int(item[2])])}
+        elif node.operator.startswith("flashnorm.release") and node.name in parts:
+            rows = list(map(int, lists[0])) if lists else list(range(len(parameters)))
+            spread_columns(node.reads()[1], rows)
     only = {name: next(iter(rows)) for name, rows in reached.items() if len(rows) == 1}
     return {name: parameters[row] for name, row in only.items() if row < len(parameters)}
+
+
+def _lists(node: GraphNode) -> list[list[str]]:
+    """The lists among the arguments, item by item as text."""
+    return [found.split(", ") for found in re.findall(r"\[([^\[\]]+)\]", node.arguments)]
+
+
+def _columns(node: GraphNode) -> int:
+    """How many parameters' norms a tensor holds, [B] or [columns, B]."""
+    sizes = re.findall(r"\w+", node.value.partition("[")[2] or node.value)
+    return int(sizes[0]) if len(sizes) == 2 and sizes[0].isdigit() else 1
