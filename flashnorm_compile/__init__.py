@@ -9,6 +9,7 @@ compilation fails with an error that names the reason.
 from . import config
 from .accounting import Spent, calibrate, read_ledger
 from .data import PoissonSampler, private_dataloader
+from .distributed import fully_shard, replicate
 from .explain import Report, explain
 from .options import Options
 from .passes.errors import (
@@ -43,8 +44,10 @@ __all__ = [
     "calibrate",
     "config",
     "explain",
+    "fully_shard",
     "privacy",
     "private_dataloader",
     "read_ledger",
     "register_rule",
+    "replicate",
 ]

@@ -10,15 +10,19 @@ import linecache
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch._functorch.config
 from torch import fx, nn
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch.distributed.tensor import DTensor
 
 from . import dump, guard
 from .binding import binding_for
+from .distributed.fully_shard import shardings
+from .distributed.groups import data_meshes
 from .inputs import classify, example_of
 from .options import Options
 from .passes import _compat
@@ -92,7 +96,9 @@ def compile_private(
     specs = classify(gm, options.batch_dims)
     reason = break_reason(gm) or resumed_after(gm)
     gm, inputs = with_handle(gm, example_inputs)
-    spec = graph_spec([*specs, InputSpec(HANDLE, Role.HANDLE)], options)
+    meshes, ranks = data_meshes(example_of(node) for node in nodes)
+    spec = graph_spec([*_with_gathers(nodes, specs), InputSpec(HANDLE, Role.HANDLE)], options)
+    spec = replace(spec, data_meshes=meshes, data_ranks=ranks, parts=any(isinstance(example_of(node), DTensor) for node in nodes))
     observers = (*observers, *dump.observers(spec))
     private_pass = PrivateGradientsPass(spec, observers)
     settings = _compat.with_joint_pass(settings, private_pass)
@@ -107,6 +113,14 @@ def graph_spec(specs: Sequence[InputSpec], options: Options) -> GraphSpec:
     algorithm = options.norm_algorithm
     globs = tuple(algorithm.items()) if isinstance(algorithm, dict) else (("*", algorithm),)
     return GraphSpec(tuple(specs), globs, options.loss_normalizer, options.loss_reduction, options.memory_budget)
+
+
+def _with_gathers(nodes: Sequence[fx.Node], specs: Sequence[InputSpec]) -> list[InputSpec]:
+    """The specs, with what the backward does for each sharded parameter."""
+    known = shardings()
+    found = [known.get(id(example_of(node))) for node in nodes]
+    ways: list[Any] = [None if one is None else "again" if one.reshard_after_forward else "keep" for one in found]
+    return [replace(spec, gathered=way) for spec, way in zip(specs, ways, strict=True)]
 
 
 def _compile(

@@ -18,10 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from .clipping import clip_factors, group_norms
+from .distributed.groups import data_meshes, place_of, team_of
+from .distributed.team import Team
 from .options import Options
 from .passes.errors import GraphBreakError, UnsupportedGraphError
 from .state import PrivacyState, common_state
 from .templates import release as release_op
+from .templates.noise import WHOLE
 
 current_backward = torch._C._current_graph_task_id
 """Number of the backward pass that runs on this thread, -1 outside one; no two passes have the same."""
@@ -51,6 +54,8 @@ class _Places:
     fractions: Tensor | None
     """float32 [K]: each group's part of ``max_grad_norm``; None when there is one group."""
     group_names: frozenset[str]
+    parts: Tensor | None
+    """int64 [P, 3]: where this rank's parts of the parameters lie in the whole ones; None if all are whole."""
 
 
 class Binding:
@@ -101,8 +106,17 @@ class Binding:
             groups=torch.tensor(groups, device=device) if several else None,
             fractions=torch.tensor(layout.fractions, dtype=torch.float32, device=device) if several else None,
             group_names=frozenset(layout.group_names[group] for group in groups),
+            parts=self._join_team(state, parameters),
         )
         return self._places
+
+    def _join_team(self, state: PrivacyState, parameters: Sequence[nn.Parameter]) -> Tensor | None:
+        ranks = team_of(parameters)
+        if not ranks:
+            return None
+        if state.team is None or state.team.ranks != ranks:
+            state.team = Team(ranks, data_meshes(parameters)[1])
+        return torch.tensor([place_of(parameter) for parameter in parameters])
 
     def describe(self) -> str:
         """Names the graph for an error: its modules, and why the graph before it ended."""
@@ -111,8 +125,9 @@ class Binding:
         return text + (f" (graph break: {self.break_reason.strip()})" if self.break_reason else "")
 
     @torch.no_grad()
-    def release(self, norms_sq: Tensor) -> release_op.ReleaseResult:
-        """Clip factors [P, B], noise keys [P, 2] and noise level [] for squared norms float32 [B, P] of contributions.
+    def release(self, norms_sq: Tensor, parts: bool = False) -> release_op.ReleaseResult:
+        """Clip factors [P, B], noise keys [P, 2] ([P, 5] with ``parts``: and places) and noise level [] for squared norms float32
+        [B, P] of contributions.
 
         Under loss_reduction="mean" a contribution is the sample's gradient divided by B; its factor holds B / L, so
         that sum_b factor_b * contribution_b = (1/L) * sum_b c_b * g_b and the noise level is s * C / L.
@@ -125,8 +140,8 @@ class Binding:
         _admit(backward, self, places)
         state, options = places.state, self.options
         mean, batch, clip = options.loss_reduction == "mean", max(norms_sq.shape[0], 1), state.max_grad_norm
-        expected = options.expected_batch_size or state.expected_batch_size
-        size = (expected or batch * options.accumulation_steps) if mean else 1
+        state.agree(batch)
+        size = state.normalizer(batch) if mean else 1
         number, noise_std = state.begin_release(backward, clip / size, places.rows)
         self.last_release = Release(state, backward, state.adds_noise)
         # Everything is in units of the contributions, which are 1/B of the gradients under "mean".
@@ -138,8 +153,11 @@ class Binding:
         if unit != size:
             factors.mul_(unit / size)
         state.record(norms, bounds)
-        keys = state.noise_keys(number).index_select(0, places.row_index).to(norms_sq.device)
-        return self._spread(factors, places), keys, norms_sq.new_full((), noise_std, dtype=torch.float32)
+        keys = state.noise_keys(number).index_select(0, places.row_index)
+        if parts:
+            where = torch.tensor([WHOLE]).expand(len(keys), 3) if places.parts is None else places.parts
+            keys = torch.cat((keys, where), 1)
+        return self._spread(factors, places), keys.to(norms_sq.device), norms_sq.new_full((), noise_std, dtype=torch.float32)
 
     def _spread(self, factors: Tensor, places: _Places) -> Tensor:
         """[B, K] -> [P, B], contiguous: compiled code relies on the strides that the op's fake promised."""

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
+from torch.distributed.tensor import DTensor
 from torch.optim import LBFGS, Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -45,7 +46,8 @@ _MIXED = (
 _WRITTEN = (
     "p.grad was written or changed outside backward (by hand, gradient clipping, loss scaling); samples are already "
     "clipped, so remove clip_grad_norm_ and the like (in transformers: TrainingArguments(max_grad_norm=0), and "
-    "flashnorm_compile.integrations.transformers.PrivacyCallback, which keeps the Trainer from writing gradients to measure them)"
+    "flashnorm_compile.integrations.transformers.PrivacyCallback, which keeps the Trainer from writing gradients to measure them; "
+    "in the place of DistributedDataParallel: flashnorm_compile.replicate)"
 )
 _NOISELESS = (
     "the last backward pass added no noise (inside accumulate(), or before accumulation_steps passes were complete); "
@@ -75,7 +77,7 @@ class _Record:
 
     def expect(self, grad: Tensor, release: Release) -> None:
         """Called when the graph's backward returns ``grad``."""
-        self.pending = (weakref.ref(grad), grad._version, release)
+        self.pending = (weakref.ref(grad), _version(grad), release)
         parameter = self.ref()
         hooks = None if parameter is None else parameter._backward_hooks
         if hooks and self.before_id in hooks and next(reversed(hooks)) != self.before_id:
@@ -90,7 +92,7 @@ class _Record:
         fault: str | None = None
         if pending is None or pending[2].backward != current_backward():
             fault = _EAGER
-        elif pending[0]() is not total or pending[1] != total._version:
+        elif pending[0]() is not total or pending[1] != _version(total):
             fault = _MIXED
         old = parameter.grad
         if old is None:
@@ -117,7 +119,7 @@ class _Record:
         as_expected = expected is not None and _place(grad) == expected
         if fault is None and not as_expected and not (fresh and self._is_copy(parameter, grad)):
             fault = _MIXED
-        self.grad, self.version = weakref.ref(grad), grad._version
+        self.grad, self.version = weakref.ref(grad), _version(grad)
         self.fault, self.noised, self.used = fault, release is not None and release.noised, False
         if fault is None and release is not None and release.noised:
             release.state.settle(parameter)
@@ -125,10 +127,10 @@ class _Record:
     def _is_copy(self, parameter: Tensor, grad: Tensor) -> bool:
         """Autograd copies a gradient of another layout; nobody else can have written it when our hook runs first."""
         hooks = parameter._post_accumulate_grad_hooks  # type: ignore[attr-defined]
-        return grad._version <= 1 and bool(hooks) and next(iter(hooks)) == self.after_id
+        return _version(grad) <= 1 and bool(hooks) and next(iter(hooks)) == self.after_id
 
     def _is_noted(self, grad: Tensor) -> bool:
-        return self.grad is not None and self.grad() is grad and grad._version == self.version
+        return self.grad is not None and self.grad() is grad and _version(grad) == self.version
 
     def reason_to_refuse(self, grad: Tensor) -> str | None:
         """Why an optimizer must not use this p.grad, or None."""
@@ -265,16 +267,23 @@ def _refusal(optimizer: Optimizer, refused: list[tuple[str, str]]) -> str:
     return "\n".join([f"{head} for this step. Nothing was updated.", *lines])
 
 
+def _version(tensor: Tensor) -> int:
+    """Counts the writes to a tensor; those to this rank's part of a DTensor too."""
+    return tensor._version + (tensor._local_tensor._version if isinstance(tensor, DTensor) else 0)
+
+
 def _place(tensor: Tensor) -> tuple[int, int] | None:
-    """Where a dense tensor lies, and its version. None for sparse and wrapper tensors."""
+    """Where a dense tensor (of a DTensor, this rank's part) lies, and its version. None for sparse and other wrapper tensors."""
+    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
     try:
-        address = tensor.data_ptr()
+        address = local.data_ptr()
     except RuntimeError:  # sparse
         return None
-    return (address, tensor._version) if address or not tensor.numel() else None
+    return (address, _version(tensor)) if address or not local.numel() else None
 
 
 def _any_nonzero(grad: Tensor) -> bool:
     """Reads values, and so waits for the device; only needed for a p.grad that is not the one that was noted."""
-    values = grad.coalesce().values() if grad.layout is torch.sparse_coo else grad
+    values = grad._local_tensor if isinstance(grad, DTensor) else grad
+    values = values.coalesce().values() if values.layout is torch.sparse_coo else values
     return bool(values.detach().any())

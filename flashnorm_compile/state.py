@@ -20,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .accounting.account import Batch
 from .accounting.accounted import Accounted
 from .clipping import Layout, layout_for
+from .distributed.team import Team
 from .noise_key import NoiseKey, streams_of
 from .options import Options, real
 from .passes.errors import OptionsError, PrivacyError
@@ -65,6 +66,11 @@ class PrivacyState(Accounted):
         self._overrides: dict[str, float] = {}
         self._ordinal = next(_ordinals)
         self.noise_key = NoiseKey()
+        self.team: Team | None = None
+        """The ranks that train these parameters together; None on one device."""
+        self._agreed: tuple[Any, ...] | None = None
+        self._resumes = 0
+        self._team_batch: int | None = None
         self._streams: Tensor | None = None
         self._releases = 0
         self._micro_batches = 0
@@ -201,6 +207,7 @@ class PrivacyState(Accounted):
             if state[name] is not None:
                 setattr(self, name, state[name])
         self.noise_key.refresh()
+        self._resumes += 1
 
     def attach(self, options: Options) -> None:
         """Takes over the options of the first graph; a later graph must have been compiled with the same ones."""
@@ -269,6 +276,43 @@ class PrivacyState(Accounted):
             assert self.options is not None
             self._layout = layout_for(self.names, self._trainable, self.options)
         return self._layout
+
+    def agree(self, batch: int) -> None:
+        """On several devices: makes sure, before the first release and after every change, that all ranks agree.
+
+        ``batch``: samples on this rank.
+
+        Raises:
+            PrivacyError: they do not.
+        """
+        if self.team is None:
+            return
+        changeable = (self.max_grad_norm, self.noise_multiplier, self.expected_batch_size, self._resumes)
+        if changeable != self._agreed:
+            account = self.team.agree(self.noise_key, self._facts(batch), self.account.history.to_plain())
+            if self.account.ledger_path is None:
+                self.account.restore(account)
+            if self._team_batch is None:
+                self._team_batch = batch * self.team.data_ranks
+            self._agreed = changeable
+
+    def _facts(self, batch: int) -> dict[str, Any]:
+        """What must be the same on all ranks."""
+        assert self.options is not None
+        facts = {f"options[{name!r}]": value for name, value in vars(self.options).items()}
+        facts |= {name: getattr(self, name) for name in (*_SETTINGS, "expected_batch_size")}
+        facts |= {name: getattr(self, attribute) for name, attribute in _COUNTERS.items()}
+        facts["names of the parameters"] = self.names
+        if self.options.loss_reduction == "mean" and not (self.options.expected_batch_size or self.expected_batch_size):
+            facts["batch size (set expected_batch_size if it varies)"] = batch
+        return facts
+
+    def normalizer(self, batch: int) -> float:
+        """L: the expected batch over all ranks. Without one set it is the physical batch; on several devices, that of the first
+        step, so that all ranks have the same at every step."""
+        assert self.options is not None
+        expected = self.options.expected_batch_size or self.expected_batch_size
+        return expected or (batch if self._team_batch is None else self._team_batch) * self.options.accumulation_steps
 
     def begin_release(self, backward: int, sensitivity: float, rows: Sequence[int]) -> tuple[int, float]:
         """Counts one release of the parameters ``rows``: (release number, noise standard deviation).

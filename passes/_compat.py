@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 from torch._dynamo.source import ConstantSource
 from torch._dynamo.utils import counters
-from torch._functorch._aot_autograd.descriptors import GradAOTOutput
+from torch._functorch._aot_autograd.descriptors import GradAOTOutput, SubclassGetAttrAOTOutput
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import detect_fake_mode
 from torch._inductor import config as inductor_config
@@ -112,10 +112,17 @@ def graph_break_reasons() -> list[str]:
     return list(dict.fromkeys(str(reason).strip().split("\n", 1)[0] for reason in counters["graph_break"]))
 
 
+def _plain(desc: Any) -> Any:
+    """The output itself, where the graph returns a tensor inside it (the local part of a DTensor)."""
+    while isinstance(desc, SubclassGetAttrAOTOutput):
+        desc = desc.base
+    return desc
+
+
 def partitioned_backward(joint: fx.GraphModule) -> fx.Graph:
     """The backward graph that AOTAutograd's partitioner makes of a joint graph, which it may take apart."""
     outputs = joint.graph.output_node().meta["desc"]
     # Gradients come last, one for each input; those that nobody needs have no descriptor.
-    forward = next(i for i, desc in enumerate(outputs) if desc is None or isinstance(desc, GradAOTOutput))
+    forward = next(i for i, desc in enumerate(outputs) if desc is None or isinstance(_plain(desc), GradAOTOutput))
     _, backward = min_cut_rematerialization_partition(joint, None, compiler="inductor", num_fwd_outputs=forward)
     return backward.graph

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from . import kernels
+from .collectives import reduce_again
 from .factored import Factor, is_convolution, unwidened
 from .factors import Outer, Rows, convolution_factors, squared_norms, squared_products, wide
 from .match import ParameterGradient, Use, write_operands
@@ -28,7 +29,7 @@ ops = torch.ops.flashnorm
 
 @dataclass(frozen=True)
 class Release:
-    """What ``flashnorm::release`` returned: ``factors`` float32 [P, B], ``keys`` int64 [P, 2], ``std`` float32 []."""
+    """What ``flashnorm::release`` returned: ``factors`` float32 [P, B], ``keys`` int64 [P, 2] or [P, 5], ``std`` float32 []."""
 
     factors: Tensor
     keys: Tensor
@@ -67,6 +68,16 @@ class Stored:
     def nbytes(self) -> int:
         """Of the released gradient."""
         return self.dtype.itemsize * math.prod(self.dense.shape[1:])
+
+    @property
+    def at_once(self) -> bool:
+        """Whether the noise may come in the sum's own kernel; behind a reduction over ranks it comes later."""
+        return not self.gradient.reduced or not self.gradient.reduced.way
+
+    def released(self, release: Release, sizes: Sizes) -> Tensor:
+        total = ops.weighted_sum(self.dense, release.factors[self.gradient.row])
+        is_complex = self.gradient.node.meta["val"].is_complex()  # type: ignore[union-attr]
+        return _noised(self.gradient, torch.view_as_complex(total) if is_complex else total, release, sizes)
 
 
 @dataclass(frozen=True)
@@ -132,7 +143,7 @@ def norms_of(parts: Sequence[Part]) -> tuple[Tensor, list[int]]:
 def released(parts: Sequence[Part], release: Release, sizes: Sizes) -> list[Tensor]:
     """The released gradients, in the order of ``parts``."""
     found: dict[int, Tensor] = {}
-    stored = [part for part in parts if isinstance(part, Stored)]
+    stored = [part for part in parts if isinstance(part, Stored) and part.at_once]
     for group in kernels.together(stored, lambda part: (part.dense.dtype, part.dtype), lambda part: part.nbytes):
         rows = [part.gradient.row for part in group]
         denses = [part.dense for part in group]
@@ -140,7 +151,7 @@ def released(parts: Sequence[Part], release: Release, sizes: Sizes) -> list[Tens
         for part, total in zip(group, sums, strict=True):
             is_complex = part.gradient.node.meta["val"].is_complex()  # type: ignore[union-attr]
             found[part.gradient.row] = torch.view_as_complex(total) if is_complex else total
-    return [found[part.gradient.row] if isinstance(part, Stored) else part.released(release, sizes) for part in parts]
+    return [found[p.gradient.row] if p.gradient.row in found else p.released(release, sizes) for p in parts]
 
 
 def _dense(plan: ParameterPlan, values: Values, sizes: Sizes) -> Tensor:
@@ -239,9 +250,13 @@ def _weighted_sum(dense: Tensor, factors: Tensor) -> Tensor:
 
 
 def _noised(gradient: ParameterGradient, total: Tensor, release: Release, sizes: Sizes) -> Tensor:
-    """The clipped sum with its noise, in the gradient's own type."""
+    """The clipped sum with its noise, in the gradient's own type; where ranks reduce it together, the noise comes behind that."""
     original = gradient.node.meta["val"]  # type: ignore[union-attr]
-    total = _real(total.reshape([sizes(expression(size)) for size in original.shape]))
+    total = total.reshape([sizes(expression(size)) for size in original.shape])
+    if gradient.reduced is not None and gradient.reduced.way:
+        total = reduce_again(gradient.reduced, total)
+        original = gradient.reduced.way[-1].meta["val"]
+    total = _real(total)
     dtype = _real_dtype(original.dtype)
     cast = () if total.dtype == dtype else (dtype,)
     noised = ops.add_noise(total, release.keys, release.std, gradient.row, *cast)

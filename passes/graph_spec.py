@@ -20,23 +20,40 @@ class Role(Enum):
 
 @dataclass(frozen=True)
 class InputSpec:
-    """One graph input, in the order of the captured graph. ``dim``: the sample dimension of a private one."""
+    """One graph input, in the order of the captured graph. ``dim``: the sample dimension of a private one.
+
+    ``gathered``: for a sharded parameter, whether the backward gathers it "again" or the forward has to "keep" the gathered one.
+    """
 
     name: str
     role: Role
     dim: int = 0
+    gathered: Literal["again", "keep"] | None = None
 
 
 @dataclass(frozen=True)
 class GraphSpec:
     """``norm_algorithm``: (glob, algorithm) pairs, first match wins. ``loss_normalizer``: counted elements per sample.
-    ``memory_budget``: bytes (int), or a multiple of the non-private step's peak (float)."""
+    ``memory_budget``: bytes (int), or a multiple of the non-private step's peak (float).
+
+    ``data_meshes``: for each mesh whose ranks hold different samples, the process groups of its dimensions; every gradient has to
+    be summed over all ranks of one of them. ``data_ranks``: how many ranks that is. ``parts``: whether a parameter may be a part
+    of a larger tensor, so that its noise needs the place.
+    """
 
     inputs: tuple[InputSpec, ...]
     norm_algorithm: tuple[tuple[str, Algorithm], ...] = (("*", "auto"),)
     loss_normalizer: float | None = None
     loss_reduction: Literal["mean", "sum"] = "mean"
     memory_budget: float | int = 1.1
+    data_meshes: tuple[tuple[str, ...], ...] = ()
+    data_ranks: int = 1
+    parts: bool = False
+
+    @property
+    def data_groups(self) -> frozenset[str]:
+        """All process groups whose ranks hold different samples."""
+        return frozenset(group for mesh in self.data_meshes for group in mesh)
 
     @property
     def parameters(self) -> tuple[str, ...]:

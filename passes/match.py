@@ -12,6 +12,7 @@ from torch import fx
 from torch._functorch._aot_autograd import descriptors as aot
 from torch.utils import _pytree as pytree
 
+from .collectives import Reduced, reduced
 from .errors import UnsupportedGraphError
 from .graph_spec import GraphSpec, InputSpec, Role
 from .mixing_paths import MixingPaths
@@ -48,7 +49,8 @@ class Use:
 
 @dataclass(frozen=True)
 class ParameterGradient:
-    """``node``: its gradient in the joint graph (``None``: not reached by the loss).
+    """``node``: its gradient in the joint graph (``None``: not reached by the loss), from this rank's samples alone where several
+    ranks share the work. ``reduced``: how it leaves the graph from there.
 
     ``constant``: the gradient depends on no sample, so each sample's share of it is the same.
     """
@@ -60,6 +62,12 @@ class ParameterGradient:
     constant: bool = False
     uses: tuple[Use, ...] = ()
     tail: tuple[fx.Node, ...] = field(default=(), repr=False)
+    reduced: Reduced | None = field(default=None, repr=False)
+
+    @property
+    def leaving(self) -> fx.Node | None:
+        """The node that the graph returns as the gradient."""
+        return self.reduced.way[-1] if self.reduced is not None and self.reduced.way else self.node
 
     @property
     def private(self) -> bool:
@@ -76,6 +84,7 @@ def match_gradients(graph: fx.Graph, spec: GraphSpec, ctx: Context) -> list[Para
     found = [
         _gradient(ctx, name, rows[name], position, value, ctx.batch == 1) for position, name, value in gradient_outputs(graph, spec)
     ]
+    check_reduced(found, spec)
     paths = MixingPaths(graph, ctx)
     for gradient in found:
         if gradient.node is not None and (mixed := paths.through(gradient.node)) is not None:
@@ -93,8 +102,11 @@ def gradient_outputs(graph: fx.Graph, spec: GraphSpec) -> list[tuple[int, str, f
     output = graph.output_node()
     found = []
     for position, (value, desc) in enumerate(zip(output.args[0], output.meta["desc"], strict=True)):
+        inner = isinstance(desc, aot.SubclassGetAttrAOTOutput)
         while isinstance(desc, aot.SubclassGetAttrAOTOutput):
             desc = desc.base
+        if inner and not isinstance(value.meta.get("val"), torch.Tensor):
+            continue  # the device mesh of a distributed gradient
         if not isinstance(desc, aot.GradAOTOutput):
             continue
         if not isinstance(desc.grad_of, aot.PlainAOTInput):
@@ -120,16 +132,38 @@ def gradient_outputs(graph: fx.Graph, spec: GraphSpec) -> list[tuple[int, str, f
 def _gradient(ctx: Context, name: str, row: int, position: int, node: fx.Node | None, single: bool) -> ParameterGradient:
     if node is None:
         return ParameterGradient(name, row, position, None)
+    if isinstance(ctx.type(node), Mixed):
+        raise mixing_error(f"the gradient of {name!r}", ctx.type(node))
+    way = reduced(node)
+    node = way.own
     type_ = ctx.type(node)
     scale = known_scale(type_.scale)
     if isinstance(type_, Public) and not scale and not single:
-        return ParameterGradient(name, row, position, node, constant=True)
+        return ParameterGradient(name, row, position, node, constant=True, reduced=way)
     if isinstance(type_, SampleSum) and not scale and not single:
         uses, tail = _trace_back(ctx, node)
-        return ParameterGradient(name, row, position, node, uses=uses, tail=tail)
+        return ParameterGradient(name, row, position, node, uses=uses, tail=tail, reduced=way)
     if single and (isinstance(type_, (Public, SampleSum)) or not ctx.scalars) and not scale:
-        return ParameterGradient(name, row, position, node)
+        return ParameterGradient(name, row, position, node, reduced=way)
     raise mixing_error(f"the gradient of {name!r}", type_)
+
+
+def check_reduced(gradients: list[ParameterGradient], spec: GraphSpec) -> None:
+    """Every gradient must be summed over all ranks that hold samples: copies of a parameter that took in different samples under
+    one and the same noise would tell those samples by their difference.
+
+    Raises:
+        UnsupportedGraphError: a gradient is not summed over them.
+    """
+    meshes = {tuple(sorted(mesh)) for mesh in spec.data_meshes} or {()}
+    for gradient in gradients:
+        if gradient.reduced is not None and tuple(sorted(gradient.reduced.groups)) not in meshes:
+            raise UnsupportedGraphError(
+                f"the samples are spread over {spec.data_ranks} ranks, and the gradient of {gradient.name!r} is not summed over "
+                "all of them, once each. Every trainable parameter needs the same data-parallel ranks: call "
+                "flashnorm_compile.fully_shard on the outermost module too, with the same mesh, before the optimizer is made, or "
+                "freeze the parameter."
+            )
 
 
 def _trace_back(ctx: Context, gradient: fx.Node) -> tuple[tuple[Use, ...], tuple[fx.Node, ...]]:

@@ -167,7 +167,7 @@ def _decide(
     options = [[choose.Way(w.cost.seconds(peaks, number), number(w.cost.held)) for w in ways[g.name]] for g in free]
     if all(len(own) == 1 for own in options):
         return choose.choose(options, [0] * len(free), []), None, 0.0
-    line = timeline(graph, [g.node for g in gradients if g.node is not None], number)
+    line = timeline(graph, [g.leaving for g in gradients if g.leaving is not None], number)
     budget = spec.memory_budget * line.peak if isinstance(spec.memory_budget, float) else float(spec.memory_budget)
     kept = [[_kept(way, line, number) for way in ways[g.name]] for g in free]
     with_kept = [

@@ -14,8 +14,9 @@ from torch._dynamo.utils import dynamo_timed
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from .canonicalize import canonicalize_pass
+from .collectives import mark_recomputed_pass, merge_collectives_pass, reduced
 from .graph_spec import GraphSpec
-from .match import ParameterGradient, gradient_outputs, match_gradients
+from .match import ParameterGradient, check_reduced, gradient_outputs, match_gradients
 from .normalize_loss import Replacement, normalize_loss_pass
 from .peaks import peaks_key
 from .plan import Plan, plan_gradients
@@ -60,10 +61,12 @@ class PrivateGradientsPass(CustomGraphPass):
                 plan = plan_gradients(graph, gradients, self.spec, ctx)
             with dynamo_timed("flashnorm.rewrite"):
                 rewrite_gradients(graph, self.spec, ctx, list(plan.parameters))
+                mark_recomputed_pass(graph, self.spec)
             self._show("after", graph, Outcome(ctx.batch, plan, replacements))
 
     def _typed(self, graph: fx.Graph) -> tuple[Context, list[Replacement]]:
         batch = batch_size(graph, self.spec)
+        merge_collectives_pass(graph, [(i, node) for i, _, node in gradient_outputs(graph, self.spec) if node is not None])
         if batch == 0:
             return Context(batch, {}), []
         with dynamo_timed("flashnorm.type_samples"):
@@ -92,7 +95,12 @@ def _mixes(graph: fx.Graph, spec: GraphSpec, ctx: Context) -> bool:
 def _empty_batch(graph: fx.Graph, spec: GraphSpec) -> list[ParameterGradient]:
     """No sample, so no share of any: every gradient is noise alone."""
     rows = {name: row for row, name in enumerate(spec.parameters)}
-    return [ParameterGradient(name, rows[name], position, value) for position, name, value in gradient_outputs(graph, spec)]
+    found = []
+    for position, name, value in gradient_outputs(graph, spec):
+        way = None if value is None else reduced(value)
+        found.append(ParameterGradient(name, rows[name], position, None if way is None else way.own, reduced=way))
+    check_reduced(found, spec)
+    return found
 
 
 @cache

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from ..templates import convolution, flash_norm, noise, release  # noqa: F401  (registers the operators)
 from .algorithms import Release, norms_of, part_of, released
+from .collectives import drop_unused
 from .factored import unwidened
 from .graph_spec import GraphSpec, Role
 from .match import gradient_outputs
@@ -44,6 +45,7 @@ def rewrite_gradients(graph: fx.Graph, spec: GraphSpec, ctx: Context, plans: lis
     for plan, node in zip(private, released, strict=True):
         outputs[plan.gradient.output] = node
     output.args = (type(output.args[0])(outputs) if isinstance(output.args[0], tuple) else outputs,)
+    drop_unused(graph, (node for plan in private if plan.gradient.reduced is not None for node in plan.gradient.reduced.way))
     graph.eliminate_dead_code()
     _drop_unused_outputs(graph)
     graph.lint()
@@ -110,7 +112,7 @@ class _Writer:
         parts = [part_of(plan, values, sizes) for plan in self.plans]
         norms_sq, rows = norms_of(parts)
         handle, after = self._state(values)
-        found = torch.ops.flashnorm.release(handle, norms_sq, after, rows, len(self.spec.parameters))
+        found = torch.ops.flashnorm.release(handle, norms_sq, after, rows, len(self.spec.parameters), self.spec.parts)
         return released(parts, Release(*found), sizes)
 
     def _state(self, values: Values) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from torch._functorch._aot_autograd import descriptors as aot
 from .errors import BatchDimensionError, UnsupportedGraphError
 from .graph_spec import GraphSpec, InputSpec, Role
 from .rules import RULES, Context, Result
+from .rules.collectives import is_collective
 from .rules.pointwise import elementwise
 from .sample_types import (
     ANY_SCALE,
@@ -40,7 +41,7 @@ def type_samples(graph: fx.Graph, spec: GraphSpec) -> Context:
         BatchDimensionError: the private inputs do not have one batch size.
         UnsupportedGraphError: an input whose role is not known, or no private input at all.
     """
-    ctx = Context(batch_size(graph, spec), {})
+    ctx = Context(batch_size(graph, spec), {}, spec.data_groups)
     for node in graph.nodes:
         if node.op == "placeholder" and not _is_tangent(node):
             ctx.types[node] = _input_type(node, spec)
@@ -62,7 +63,7 @@ def _own(ctx: Context, node: fx.Node, found: Result) -> Result:
     scale: Scale | None = ()
     if fresh and any(known_scale(scale) for scale in scales):
         scale = scale_product(*scales) if node.target in PRODUCTS else common_scale(scales) if node.target in SUMS else None
-    if not fresh or scale is None:
+    if not fresh or scale is None or is_collective(node.target):
         return found
     return (SampleSum(scale),) * len(found) if isinstance(found, tuple) else SampleSum(scale)
 

@@ -129,11 +129,15 @@ class History:
         return counts
 
     def to_plain(self) -> dict[str, Any]:
-        """The history as numbers, texts, lists and dicts; ``from_plain`` is its inverse."""
-        spans = [
+        """The history as numbers, texts, tuples and dicts; ``from_plain`` is its inverse.
+
+        The same keys for any history, and no list: torch.distributed.checkpoint takes dicts and lists apart, and can only fill in
+        entries that the state it loads into has as well.
+        """
+        spans = tuple(
             {**mechanism_to_plain(span.mechanism), "count": span.count, "stream": span.stream, "first": span.first}
             for span in self.spans
-        ]
+        )
         return {
             "releases": self.releases,
             "micro_batches": self.micro_batches,

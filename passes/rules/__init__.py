@@ -1,6 +1,6 @@
 """One rule per ATen operator or family. Importing this package fills the table."""
 
-from . import blocks, contractions, indexing, pointwise, reductions, views
+from . import blocks, collectives, contractions, indexing, pointwise, reductions, views
 from .registry import RULES, Context, Result, Rule, register_rule, rule
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "Result",
     "Rule",
     "blocks",
+    "collectives",
     "contractions",
     "indexing",
     "pointwise",

@@ -1,0 +1,21 @@
+"""Sharded training on real gloo ranks: gradients, noise and refusals. All scenarios run in one set of processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gloo
+import gloo_scenarios
+import pytest
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, list[Any]]:
+    return gloo.run(4, gloo_scenarios.SCENARIOS)
+
+
+@pytest.mark.timeout(900)  # the first one starts the processes and waits for all scenarios
+@pytest.mark.parametrize("scenario", [scenario.__name__ for scenario in gloo_scenarios.SCENARIOS])
+def test_on_four_ranks(outcomes: dict[str, list[Any]], scenario: str) -> None:
+    failures = {rank: told for rank, told in enumerate(outcomes[scenario]) if told is not None}
+    assert not failures, "\n".join(f"rank {rank}:\n{told}" for rank, told in failures.items())
