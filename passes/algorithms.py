@@ -7,7 +7,7 @@ Legend: B samples, P parameters.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,7 +87,8 @@ class Factored:
     gradient: ParameterGradient
     norms_sq: Tensor
     values: Values
-    fused: bool
+    products: Mapping[fx.Node, Outer]
+    """Factors of uses whose sum a kernel scales on the way, by use; the others' operands are scaled before."""
 
     def released(self, release: Release, sizes: Sizes) -> Tensor:
         gradient, factors = self.gradient, release.factors[self.gradient.row]
@@ -98,10 +99,11 @@ class Factored:
         return _noised(gradient, total, release, sizes)
 
     def _clipped(self, use: Use, factors: Tensor, sizes: Sizes) -> Tensor:
-        if self.fused and use.operation.target is torch.ops.aten.mm.default:
-            left, right = _sides(use, self.values, sizes)
-            return ops.clipped_sum(left.mT, right, factors)
-        return clipped_use(use, self.values, factors, sizes)
+        if use.node not in self.products:
+            return clipped_use(use, self.values, factors, sizes)
+        product = self.products[use.node]
+        total = ops.clipped_sum(product.g_btp, product.a_btd, factors)
+        return total.view([sizes(expression(size)) for size in use.node.meta["val"].shape])
 
 
 Part = Gradients | Stored | Factored
@@ -115,11 +117,11 @@ def part_of(plan: ParameterPlan, values: Values, sizes: Sizes) -> Part:
     if plan.chosen == "ghost":
         terms = [_factor_values(factor, values, sizes) for factor in plan.factors]
         norms_sq = (kernels.squared_norms(terms) if fused else squared_norms(terms)).float()
-        return Factored(gradient, norms_sq, values, fused)
+        return Factored(gradient, norms_sq, values, _scaled_by_kernels(plan, terms) if fused else {})
     if plan.chosen == "flash":
         products: list[Any] = [_factor_values(factor, values, sizes) for factor in plan.factors]
         norms_sq = kernels.squared_products(products) if fused else squared_products(products)
-        return Factored(gradient, norms_sq, values, fused)
+        return Factored(gradient, norms_sq, values, _scaled_by_kernels(plan, products) if fused else {})
     if fused and plan.chosen == "materialize" and _is_product(plan):
         return Stored(gradient, *_products(plan, values, sizes))
     dense = _dense(plan, values, sizes)
@@ -201,6 +203,15 @@ def _factor_values(factor: Factor, values: Values, sizes: Sizes) -> Outer | Rows
 def _outer_values(factor: Factor, values: Values, sizes: Sizes) -> Outer:
     left, right = _sides(factor.use, values, sizes)
     return Outer(right, left.mT) if factor.swapped else Outer(left.mT, right)
+
+
+def _scaled_by_kernels(plan: ParameterPlan, terms: Sequence[Outer | Rows]) -> dict[fx.Node, Outer]:
+    """Products in the orientation of their use, by use. A convolution's are those of its input's patches."""
+    found: dict[fx.Node, Outer] = {}
+    for factor, term in zip(plan.factors, terms, strict=True):
+        if isinstance(term, Outer):
+            found[factor.use.node] = Outer(term.a_btd, term.g_btp) if factor.swapped else term
+    return found
 
 
 def _sides(use: Use, values: Values, sizes: Sizes) -> tuple[Tensor, Tensor]:

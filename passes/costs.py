@@ -25,15 +25,18 @@ WIDE, GRAM = 4, 8
 
 @dataclass(frozen=True)
 class Kernel:
-    """One pass over memory. ``dtype`` is that of a matrix product's operands; element-wise work counts as traffic only."""
+    """One pass over memory. ``dtype`` is that of a matrix product's operands; element-wise work counts as traffic only.
+    ``launches``: 0 where it shares a launch with many others."""
 
     flops: Expr = ZERO
     traffic: Expr = ZERO
     dtype: torch.dtype = torch.float32
+    launches: Expr = sympy.S.One
 
     def seconds(self, peaks: Peaks, number: Callable[[Expr], float]) -> float:
         """Its time, with ``number`` giving every size a value."""
-        return max(number(self.flops) / peaks.flops(self.dtype), number(self.traffic) / peaks.bandwidth) + peaks.launch
+        work = max(number(self.flops) / peaks.flops(self.dtype), number(self.traffic) / peaks.bandwidth)
+        return work + number(self.launches) * peaks.launch
 
 
 @dataclass(frozen=True)
@@ -120,26 +123,18 @@ def dense_norm_and_sum(batch: Expr, size: Expr) -> tuple[Kernel, Kernel]:
     return Kernel(traffic=dense), Kernel(traffic=dense + WIDE * size)
 
 
-def scaled_sum(product: Product, fused: bool) -> tuple[Kernel, ...]:
-    """The clipped sum as one product whose operand G is scaled; ``fused``: within the product's own kernel."""
+def scaled_sum(product: Product) -> tuple[Kernel, ...]:
+    """The clipped sum as one product whose operand G is scaled."""
     total = Kernel(product.summed().flops, product.operands + WIDE * product.weight, product.dtype)
-    return (total,) if fused else (Kernel(traffic=2 * WIDE / product.dtype.itemsize * product.operands), total)
+    return Kernel(traffic=2 * WIDE / product.dtype.itemsize * product.operands), total
 
 
-def gram_norm(product: Product, fused: bool) -> tuple[Kernel, ...]:
-    """Norms from inner products of positions. ``fused``: tiles with i <= j in registers; otherwise both T x T matrices in
-    float64, in memory, a block of rows at a time."""
+def gram_norm(product: Product) -> tuple[Kernel, ...]:
+    """Norms from inner products of positions: both T x T matrices in float64, in memory, a block of rows at a time."""
     flops = 2 * product.batch * product.length**2 * (product.p + product.d)
-    if fused:
-        return (Kernel(flops / 2, product.operands, product.dtype),)
     if not product.length.is_Integer or product.length >= SHORTEST_IN_BLOCKS:
         flops *= sympy.Rational(BLOCKS + 1, 2 * BLOCKS)
     grams = GRAM * product.batch * product.length**2
     widen = Kernel(traffic=(1 + sympy.Rational(GRAM, product.dtype.itemsize)) * product.operands)
     copies = sympy.Rational(GRAM, product.dtype.itemsize) * product.operands
     return widen, Kernel(flops, copies + 2 * grams, torch.float64), Kernel(traffic=2 * grams)
-
-
-def squared_product_norm(product: Product) -> Kernel:
-    """Norms from per-sample products that are squared and added in registers and never written."""
-    return Kernel(product.summed().flops, product.operands, product.dtype)

@@ -224,6 +224,8 @@ WRITES = {
     aten.index_put.default, aten._unsafe_index_put.default, aten._unsafe_masked_index_put_accumulate.default,
     aten.index_add.default,
 }  # fmt: skip
+# Every reduction that adds to a table by index.
+SCATTERS = WRITES | {aten.embedding_dense_backward.default, aten.scatter_add.default, aten.scatter_reduce.two}
 
 
 def write_operands(ctx: Context, node: fx.Node) -> tuple[Any, list[Any], Any, Any]:

@@ -9,9 +9,10 @@ import sympy
 import torch
 from torch import fx
 
-from .costs import GRAM, WIDE, ZERO, Cost, Kernel, Product, dense_norm_and_sum, gram_norm, scaled_sum, squared_product_norm
-from .factored import Factor, contraction_length, factored, is_convolution
-from .match import ParameterGradient
+from . import fused_costs, kernels
+from .costs import GRAM, WIDE, ZERO, Cost, Kernel, Product, dense_norm_and_sum, gram_norm, scaled_sum
+from .factored import Factor, contraction_length, factored, is_convolution, unwidened
+from .match import SCATTERS, ParameterGradient
 from .rules import Context
 
 
@@ -27,14 +28,49 @@ class Way:
 
 def ways_of(gradient: ParameterGradient, ctx: Context) -> list[Way]:
     """Every way that fits a gradient with uses: ``materialize`` always, others where it is a sum of products and rows."""
+    assert gradient.node is not None
     factors = factored(gradient, ctx)
     product = _product(gradient, factors, ctx) if factors else None
+    plain = factors is not None and all(f.kind == "outer" and not is_convolution(f) for f in factors)
+    streams = plain and product is not None and product.length != 1
+    if kernels.fused(gradient.node.meta["val"].device):
+        return _fused(gradient, factors, product, streams, ctx)
     found = [_materialize(gradient, factors or (), product, ctx)]
     if factors is not None:
         found.append(_ghost(gradient, factors, product, ctx))
-        if product is not None and all(f.kind == "outer" and not is_convolution(f) for f in factors) and product.length != 1:
-            found.append(_flash(gradient, factors, product, ctx))
+    if factors is not None and product is not None and streams:
+        found.append(_flash(gradient, factors, product))
     return found
+
+
+def _fused(
+    gradient: ParameterGradient, factors: tuple[Factor, ...] | None, product: Product | None, streams: bool, ctx: Context
+) -> list[Way]:
+    """The same ways with the costs of the kernels of ``templates``."""
+    node = gradient.node
+    assert node is not None
+    target = fused_costs.Target(ctx.batch, sympy.Mul(*ctx.shape(node)), node.meta["val"].dtype.itemsize)
+    rows = [factor for factor in factors or () if factor.kind == "rows"]
+    convolution = any(is_convolution(factor) for factor in factors or ())
+    if rows or any(use.node.target in SCATTERS for use in gradient.uses):
+        dense = fused_costs.materialized_rows(product, target)
+    elif convolution and product is not None:
+        dense = fused_costs.materialized_convolution(product, target)
+    else:
+        dense = fused_costs.materialized(target) if product is None else fused_costs.materialized_product(product, target)
+    found = [Way("materialize", dense, factors or ())]
+    if factors is not None:
+        cost = fused_costs.ghost(product, _lookups(rows, ctx) if rows else None, convolution, target)
+        found.append(Way("ghost", cost, factors, _kept(gradient)))
+    if factors is not None and product is not None and streams:
+        found.append(Way("flash", fused_costs.flash(product, target), factors, _kept(gradient)))
+    return found
+
+
+def _lookups(rows: list[Factor], ctx: Context) -> fused_costs.Lookups:
+    positions = sympy.Add(*(contraction_length(factor, ctx) for factor in rows))
+    operands = [unwidened(operand) for operand in _operands(rows[0]) if operand.meta["val"].is_floating_point()]
+    return fused_costs.Lookups(positions, ctx.shape(rows[0].use.operation)[-1], operands[0].meta["val"].dtype.itemsize)
 
 
 def _product(gradient: ParameterGradient, factors: tuple[Factor, ...], ctx: Context) -> Product | None:
@@ -78,31 +114,27 @@ def _materialize(gradient: ParameterGradient, factors: tuple[Factor, ...], produ
 
 def _ghost(gradient: ParameterGradient, factors: tuple[Factor, ...], product: Product | None, ctx: Context) -> Way:
     """Inner products for products, segment sums for rows, and the cross term between them; then the sum from scaled operands."""
-    assert gradient.node is not None
-    fused = gradient.node.meta["val"].device.type == "cuda"
-    kernels: tuple[Kernel, ...] = ()
+    parts: tuple[Kernel, ...] = ()
     replaced: tuple[Kernel, ...] = ()
     rows = [f for f in factors if f.kind == "rows"]
     if product is not None:
-        norm = (Kernel(traffic=2 * product.operands),) if product.length == 1 else gram_norm(product, fused)
-        kernels += norm + scaled_sum(product, fused)
+        norm = (Kernel(traffic=2 * product.operands),) if product.length == 1 else gram_norm(product)
+        parts += norm + scaled_sum(product)
         replaced += (product.summed(),)
     if rows:
         width = ctx.shape(rows[0].use.operation)[-1]
         entries = ctx.batch * sympy.Add(*(contraction_length(f, ctx) for f in rows)) * width
-        kernels += (Kernel(traffic=6 * WIDE * entries),)
+        parts += (Kernel(traffic=6 * WIDE * entries),)
         if product is not None:
             cross = product.length * sympy.Add(*(contraction_length(f, ctx) for f in rows)) * ctx.batch
-            kernels += (Kernel(2 * cross * width, 3 * WIDE * cross, torch.float32 if fused else torch.float64),)
+            parts += (Kernel(2 * cross * width, 3 * WIDE * cross, torch.float64),)
     # A convolution's input patches are written out, and once more in the inner products' type.
     patches = product is not None and any(is_convolution(f) for f in factors)
     held = (WIDE + GRAM) * product.batch * product.length * product.d if patches else ZERO  # type: ignore[union-attr]
-    return Way("ghost", Cost(kernels, replaced, held), factors, _kept(gradient))
+    return Way("ghost", Cost(parts, replaced, held), factors, _kept(gradient))
 
 
-def _flash(gradient: ParameterGradient, factors: tuple[Factor, ...], product: Product, ctx: Context) -> Way:
+def _flash(gradient: ParameterGradient, factors: tuple[Factor, ...], product: Product) -> Way:
     """Products per sample that are squared and added as they are made; then the sum from scaled operands."""
-    assert gradient.node is not None
-    fused = gradient.node.meta["val"].device.type == "cuda"
-    norm = (squared_product_norm(product),) if fused else (product.per_sample(), Kernel(traffic=product.dense_bytes))
-    return Way("flash", Cost(norm + scaled_sum(product, fused), (product.summed(),), ZERO), factors, _kept(gradient))
+    norm = (product.per_sample(), Kernel(traffic=product.dense_bytes))
+    return Way("flash", Cost(norm + scaled_sum(product), (product.summed(),), ZERO), factors, _kept(gradient))

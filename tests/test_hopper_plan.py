@@ -79,8 +79,7 @@ def _calls(parameter: ParameterPlan) -> list[str]:
         return []
     outer_product = not rows and _positions(products[0]) == 1
     norms = ["ghost_norm"] * (bool(products) and not outer_product) + ["embedding_norm", "sort_indices"] * rows
-    sums = ["clipped_sum" for factor in products if not is_convolution(factor)]
-    return norms + sums + ["tied_cross_term"] * (rows and bool(products))
+    return norms + ["clipped_sum"] * len(products) + ["tied_cross_term"] * (rows and bool(products))
 
 
 def _positions(factor: Any) -> int:

@@ -12,8 +12,11 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import sympy
 import torch
-from flashnorm_compile.passes import _compat, kernels
+from flashnorm_compile.passes import _compat, fused_costs, kernels
+from flashnorm_compile.passes.costs import Product
+from flashnorm_compile.passes.peaks import DATASHEETS
 from models.zoo import ZOO
 from oracle import assert_agree, case_gradients, check, clip, gradients_of, halving_options
 from torch import Tensor, fx, nn
@@ -165,3 +168,39 @@ def test_on_a_cpu_compositions_stay() -> None:
         build, inputs = MODELS[kind]
         found = ours(private_graph(build(), inputs(), algorithm))
         assert set(found) <= {"add_noise", "flash_norm"}, (kind, algorithm)
+
+
+def seconds_on_h200(batch: int, length: int, p: int, d: int) -> dict[str, float]:
+    """Predicted microseconds that each way adds for a product in bf16."""
+    product = Product(*map(sympy.Integer, (batch, length, p, d)), torch.bfloat16)
+    target = fused_costs.Target(sympy.Integer(batch), sympy.Integer(p * d), 2)
+    peaks = next(peaks for peaks in DATASHEETS if peaks.name == "H200")
+    ways = {
+        "materialize": fused_costs.materialized_product(product, target),
+        "ghost": fused_costs.ghost(product, None, False, target),
+        "flash": fused_costs.flash(product, target),
+    }
+    return {name: 1e6 * cost.seconds(peaks, float) for name, cost in ways.items()}
+
+
+def test_costs_of_stored_gradients_are_counted_by_hand() -> None:
+    """A Llama projection: making the gradients is as fast as the product that they replace; then they are read once."""
+    product = Product(*map(sympy.Integer, (4, 2048, 8192, 2048)), torch.bfloat16)
+    target = fused_costs.Target(sympy.Integer(4), sympy.Integer(8192 * 2048), 2)
+    cost = fused_costs.materialized_product(product, target)
+    weight = 8192 * 2048 * 2
+    assert cost.flops == 0
+    assert cost.held == 4 * weight
+    assert cost.traffic == 4 * weight + 5 * weight - weight  # written, read and released, less what the plain product writes
+    released = 1e6 * 5 * weight / (4.8e12 * 0.85)
+    assert seconds_on_h200(4, 2048, 8192, 2048)["materialize"] == pytest.approx(released + 3, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("shape", "fastest"),
+    [((4, 2048, 8192, 2048), "materialize"), ((8, 1024, 768, 768), "materialize"), ((64, 197, 3072, 768), "ghost")],
+)
+def test_the_fastest_way_depends_on_the_shape(shape: tuple[int, int, int, int], fastest: str) -> None:
+    """Many positions of few samples are stored, few positions of many samples multiplied with each other."""
+    found = seconds_on_h200(*shape)
+    assert min(found, key=found.__getitem__) == fastest, found

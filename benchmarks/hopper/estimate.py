@@ -20,6 +20,8 @@ from torch.utils import _pytree as pytree
 from benchmarks.hopper.flops import flops_of, product_dtype
 from benchmarks.hopper.memory import nbytes_in
 
+_SECTOR = 32  # bytes that a single element costs
+
 
 @dataclass(frozen=True)
 class Work:
@@ -103,7 +105,15 @@ def _nbytes(node: Any, lowering: Any) -> int:
     inside = {name for part in parts for name in part.get_buffer_names()}
     leaving = {name for name in inside if {user.node for user in lowering.scheduler.name_to_buf[name].users} - {node, *parts}}
     read = {dep.name for part in parts for dep in part.read_writes.reads} - inside
-    return sum(_bytes_of(lowering, name) for name in read | leaving)
+    return sum(_bytes_of(lowering, name) for name in read | leaving) - sum(_not_gathered(origin) for origin in _origins(node))
+
+
+def _not_gathered(node: fx.Node) -> int:
+    """Bytes of the head's gradient [B, S, V] that a cross term leaves unread: it gathers T elements of each row, a sector each."""
+    if str(node.target) != "flashnorm.tied_cross_term.default":
+        return 0
+    index_bt, g_bsv = (node.args[i].meta["val"] for i in (1, 2))  # type: ignore[union-attr]
+    return max(0, g_bsv.nbytes - _SECTOR * index_bt.numel() * g_bsv.shape[1])
 
 
 def _bytes_of(lowering: Any, name: str) -> int:
