@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -73,6 +74,6 @@ def note(path: Path, line: str) -> None:
 
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))  # ranks that wait longer for each other are started again
     main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
     dist.destroy_process_group()

@@ -374,8 +374,25 @@ def checkpoints_on_other_numbers_of_ranks() -> None:
             assert torch.equal(everybody[0], everybody[1])
 
 
+def without_privacy() -> None:
+    """Any backend, and eager mode: the average over ranks, as FSDP2 gives it."""
+    torch.manual_seed(0)
+    plain = Tied()
+    ids, labels = batch(0, 4 * LOCAL)
+    loss_of(plain, ids, labels).backward()
+    mine = slice(dist.get_rank() * LOCAL, (dist.get_rank() + 1) * LOCAL)
+    for backend in (None, "aot_eager"):
+        model = Tied()
+        model.load_state_dict(plain.state_dict())
+        by_blocks()(model)
+        step = loss_of if backend is None else torch.compile(loss_of, backend=backend)
+        step(model, ids[mine], labels[mine]).backward()
+        want = {name: p.grad for name, p in plain.named_parameters() if p.requires_grad}
+        assert_agree(gradients(model), want, rtol=1e-5)
+
+
 SCENARIOS = [
     fsdp, hsdp, replicated_in_pairs, mixed_precision, looks_like_fsdp2, accumulates_and_guards, ranks_that_differ,
     samples_that_meet_across_ranks, distributed_data_parallel,
-    checkpoints_on_other_numbers_of_ranks,
+    checkpoints_on_other_numbers_of_ranks, without_privacy,
 ]  # fmt: skip
