@@ -15,6 +15,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from .canonicalize import canonicalize_pass
 from .collectives import mark_recomputed_pass, merge_collectives_pass, reduced
+from .errors import UnsupportedGraphError
 from .graph_spec import GraphSpec
 from .match import ParameterGradient, check_reduced, gradient_outputs, match_gradients
 from .normalize_loss import Replacement, normalize_loss_pass
@@ -67,6 +68,12 @@ class PrivateGradientsPass(CustomGraphPass):
     def _typed(self, graph: fx.Graph) -> tuple[Context, list[Replacement]]:
         batch = batch_size(graph, self.spec)
         merge_collectives_pass(graph, [(i, node) for i, _, node in gradient_outputs(graph, self.spec) if node is not None])
+        if batch == 0 and self.spec.data_meshes:
+            raise UnsupportedGraphError(
+                "this rank has no samples in its batch. Without any, parts of the backward vanish, and with them the gathers that "
+                "the other ranks wait for. Give every rank batches of at least one sample, padded under a mask, as "
+                "private_dataloader does."
+            )
         if batch == 0:
             return Context(batch, {}), []
         with dynamo_timed("flashnorm.type_samples"):

@@ -235,6 +235,27 @@ def accumulates_and_guards() -> None:
         optimizer.step()
 
 
+def ranks_with_few_samples() -> None:
+    """Under Poisson sampling ranks get different numbers of samples: here three, one, two and one."""
+    torch.manual_seed(0)
+    model = Tied()
+    twin = copy.deepcopy(model)
+    flashnorm_compile.fully_shard(model)
+    ids, labels = batch(0, 7)
+    options = halving_options(samples_of(double_copy(twin), ids, labels), "flat") | {"expected_batch_size": 8.0}
+    mine = [slice(0, 3), slice(3, 4), slice(4, 6), slice(6, 7)][dist.get_rank()]
+
+    def loss(ids: Tensor, labels: Tensor) -> Tensor:
+        losses = F.cross_entropy(model(ids).flatten(0, 1), labels.flatten(), reduction="none")
+        return losses.view(ids.shape).mean(1).sum()
+
+    options["loss_reduction"] = "sum"
+    step = torch.compile(loss, backend="flashnorm_eager", options=options, dynamic=False)
+    step(ids[mine], labels[mine]).backward()
+    want = clip(samples_of(double_copy(twin), ids, labels), options)
+    assert_agree(gradients(model), want.released, rtol=1e-5)
+
+
 def ranks_that_differ() -> None:
     """Every rank hears which rank differs in what; nothing is released."""
     rank = dist.get_rank()
@@ -394,5 +415,5 @@ def without_privacy() -> None:
 SCENARIOS = [
     fsdp, hsdp, replicated_in_pairs, mixed_precision, looks_like_fsdp2, accumulates_and_guards, ranks_that_differ,
     samples_that_meet_across_ranks, distributed_data_parallel,
-    checkpoints_on_other_numbers_of_ranks, without_privacy,
+    checkpoints_on_other_numbers_of_ranks, without_privacy, ranks_with_few_samples,
 ]  # fmt: skip

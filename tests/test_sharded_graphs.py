@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from flashnorm_compile.passes import _compat
-from flashnorm_compile.passes.errors import OptionsError
+from flashnorm_compile.passes.errors import OptionsError, UnsupportedGraphError
 from torch import Tensor, fx, nn
 from torch._inductor.fx_passes.bucketing import bucket_reduce_scatter
 from torch._inductor.fx_passes.fsdp import bucket_fsdp_all_gather
@@ -196,11 +196,23 @@ def test_replicas_are_reduced_whole(graphs: list[fx.GraphModule]) -> None:
     assert count(backward) == {REDUCE: 3}
 
 
-def test_an_empty_batch_still_takes_part(graphs: list[fx.GraphModule]) -> None:
-    model = flashnorm_compile.fully_shard(Tied())
-    ids = torch.zeros(0, 5, dtype=torch.int64)
-    torch.compile(lambda ids: model(ids).sum(), backend="flashnorm_eager", options=OPTIONS)(ids).backward()
-    assert count(graphs[-1].graph)[SCATTER] == 3
+def test_any_number_of_samples_sends_the_same(graphs: list[fx.GraphModule]) -> None:
+    """Poisson draws may leave a rank with one sample while others have more. Without any, too much would vanish."""
+    sent = []
+
+    def run(size: int) -> None:
+        torch._dynamo.reset()
+        graphs.clear()
+        model, ids = flashnorm_compile.fully_shard(Tied()), torch.zeros(size, 5, dtype=torch.int64)
+        torch.compile(lambda ids: model(ids).sum(), backend="flashnorm_eager", options=OPTIONS, dynamic=False)(ids).backward()
+        sent.append([_message(node) for gm in graphs for node in gm.graph.nodes if node.target in (GATHER, SCATTER)])
+
+    run(3)
+    run(1)
+    assert len(sent[0]) == 8
+    assert sent[0] == sent[1]
+    with pytest.raises(UnsupportedGraphError, match=r"this rank has no samples in its batch.*padded under a mask"):
+        run(0)
 
 
 def test_wrong_arguments_are_named() -> None:
