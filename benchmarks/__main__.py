@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import time
 import warnings
@@ -13,16 +14,21 @@ import torch
 from rich.console import Console
 
 from benchmarks import machine
-from benchmarks.case import Case, Suite
+from benchmarks.case import Case, Suite, in_order
 from benchmarks.contenders import BASELINE, CONTENDERS, EAGER, Contender
+from benchmarks.hopper.rows import DryRow
 from benchmarks.row import RESULTS, Row, write
-from benchmarks.runner import Settings, run_case
+from benchmarks.runner import DTYPES, Settings, run_case
 from benchmarks.suites import SUITES
+from benchmarks.suites.vision import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parent.parent
 SOUNDNESS = "soundness"
 # What `run all` runs, in this order: the suites that the papers are compared with come first.
-EVERYTHING = ("linear", "gpt2", "llama", "vision", SOUNDNESS, "layers")
+EVERYTHING = ("linear", "gpt2", "llama", "vision", "layers", SOUNDNESS)
+JUDGING_MINUTES = 3.0
+"""Kept of a run's time for the soundness suite."""
+DRY_RUN = "dry-run.json"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,46 +39,82 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     console = Console()
     _be_quiet()
+    start = time.monotonic()
     contenders = _contenders(options.contenders)
     names = EVERYTHING if "all" in options.suites else tuple(options.suites)
+    suites = [SUITES[name] for name in names if name != SOUNDNESS]
     if options.dry_run:
-        return _dry_run(names, contenders, options, console)
+        return _dry_run(suites, contenders, options, console)
     if options.device == "cuda" and not torch.cuda.is_available():
         console.print("--device cuda: this machine has no CUDA device; --dry-run generates the code without one")
         return 2
-    start = time.monotonic()
+    folder = options.out or RESULTS / options.device / machine.today()
+    end = start + 60 * options.minutes
+    judging_s = 60 * JUDGING_MINUTES if SOUNDNESS in names and suites else 0.0
+    failed = _measure(suites, contenders, options, folder, end - judging_s, console)
+    if SOUNDNESS in names:
+        _judge(contenders, options.device, folder, end, console)
+    console.print(f"{time.monotonic() - start:.0f} s; rows in {folder}")
+    return int(failed)
+
+
+def _measure(
+    suites: list[Suite],
+    contenders: tuple[Contender, ...],
+    options: argparse.Namespace,
+    folder: Path,
+    deadline: float,
+    console: Console,
+) -> bool:
+    """Whether a baseline failed."""
+    sizes = options.sizes or ("paper" if options.device == "cuda" else "small")
+    plan = _planned(suites, sizes, options.cases)
     settings = Settings(
         device=options.device,
-        sizes=options.sizes or ("paper" if options.device == "cuda" else "small"),
+        sizes=sizes,
         repeats=options.repeats,
         at_least_s=options.seconds,
         at_most_s=max(8.0, options.seconds),
-        deadline=start + 60 * options.minutes,
+        deadline=deadline,
     )
-    folder = options.out or RESULTS / options.device / machine.today()
     failed = False
-    if SOUNDNESS in names:
-        names = tuple(name for name in names if name != SOUNDNESS)
-    for suite, case in _planned(names, settings.sizes, options.cases):
+    for suite, case in plan:
         console.rule(f"{suite.name}: {case.description}", align="left")
 
         def report(row: Row, suite: Suite = suite) -> None:
             nonlocal failed
             write([row], folder / f"{suite.name}.json")
             console.print(_line(row), highlight=False, markup=False, soft_wrap=True)
-            failed = failed or (row.error is not None and row.contender == BASELINE)
+            failed = failed or (row.error is not None and row.contender == BASELINE and not row.was_late)
 
         run_case(suite.name, case, contenders, settings, report)
-    if SOUNDNESS in options.suites or "all" in options.suites:
-        from benchmarks import soundness
+    return failed
 
-        # What is compiled is judged once: its algorithms and its eager twins are the same mathematics.
-        judged = [c for c in contenders if not c.compiled or c.name in ("flashnorm", "flashnorm per-layer")]
-        rows = soundness.run(judged, options.device)
-        soundness.write(rows, folder / f"{SOUNDNESS}.json")
-        console.print(soundness.markdown_table(rows), highlight=False, markup=False, soft_wrap=True)
-    console.print(f"{time.monotonic() - start:.0f} s; rows in {folder}")
-    return int(failed)
+
+def _judge(contenders: tuple[Contender, ...], device: str, folder: Path, deadline: float, console: Console) -> None:
+    """What is compiled is judged once: its algorithms and its eager twins are the same mathematics. Mirrors have no traps."""
+    from benchmarks import soundness
+
+    judged = [c for c in contenders if not (c.compiled or c.mirrors) or c.name in ("flashnorm", "flashnorm per-layer")]
+    rows = []
+    for row in soundness.run(judged, device, deadline=deadline):
+        rows.append(row)
+        soundness.write([row], folder / f"{SOUNDNESS}.json")
+    console.print(soundness.markdown_table(rows), highlight=False, markup=False, soft_wrap=True)
+
+
+def _max_batch(options: argparse.Namespace) -> int:
+    from benchmarks import max_batch
+
+    if not torch.cuda.is_available():
+        print("max-batch: this machine has no CUDA device, whose memory could be filled")
+        return 2
+    _be_quiet()
+    path = (options.out or RESULTS / "cuda" / machine.today()) / max_batch.FILE_NAME
+    for row in max_batch.search(options.architectures, _contenders(options.contenders), options.precision):
+        max_batch.write([row], path)
+        print(f"{row.architecture} {row.contender} {row.precision}: {row.error or row.batch}")
+    return 0
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -91,24 +133,39 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
-def _dry_run(names: tuple[str, ...], contenders: tuple[Contender, ...], options: argparse.Namespace, console: Console) -> int:
-    from benchmarks.dry_run import dry_run, table
+def _dry_run(suites: list[Suite], contenders: tuple[Contender, ...], options: argparse.Namespace, console: Console) -> int:
+    from benchmarks.dry_run import dry_run, planned
+    from benchmarks.dry_table import table
+    from benchmarks.hopper import rows as dry_rows
 
-    suites = [SUITES[name] for name in names if name != SOUNDNESS]
-    rows = dry_run(suites, contenders, cases=options.cases)
-    console.print(table(rows))
-    return int(any(row.error for row in rows))
+    path = options.out / DRY_RUN if options.out else ROOT / DRY_RUN
+    jobs = planned(suites, contenders, options.cases)
+    rows = {row.key: row for row in dry_rows.read(path)} if options.resume else {}
+
+    def report(row: DryRow) -> None:
+        rows[row.key] = row
+        dry_rows.write(rows.values(), path)
+        text = f"FAILED {row.error}" if row.error else row.note or row.checked
+        line = f"{row.suite} {row.case} {row.precision} {row.contender}: {text} ({row.seconds:.1f} s)"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    deadline = time.monotonic() + 60 * options.minutes
+    found = dry_run(jobs, known=list(rows.values()), processes=options.jobs, deadline=deadline, report=report)
+    wanted = sum(len(job.precisions) for job in jobs)
+    wide = console if console.is_terminal else Console(width=150)
+    wide.print(table(found, wanted))
+    return int(len(found) < wanted or any(row.error for row in found))
 
 
-def _planned(names: tuple[str, ...], sizes: str, only: list[str] | None) -> list[tuple[Suite, Case]]:
-    """All cases to run, the headline cases of every suite first."""
-    found = [(SUITES[name], case) for name in names for case in SUITES[name].cases(sizes)]
+def _planned(suites: list[Suite], sizes: str, only: list[str] | None) -> list[tuple[Suite, Case]]:
+    """All cases to run, in their order."""
+    found = in_order(suites, sizes)
     if only:
         known = {case.name for _, case in found}
         if unknown := set(only) - known:
             raise SystemExit(f"--cases: unknown {', '.join(sorted(unknown))}; known are {', '.join(sorted(known))}")
         found = [(suite, case) for suite, case in found if case.name in only]
-    return sorted(found, key=lambda pair: not pair[1].headline)
+    return found
 
 
 def _contenders(names: list[str] | None) -> tuple[Contender, ...]:
@@ -154,6 +211,15 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--seconds", type=float, default=0.5, help="least time of timed steps for a contender (%(default)s)")
     run.add_argument("--minutes", type=float, default=float("inf"), help="start nothing new after this time")
     run.add_argument("--dry-run", action="store_true", help="generate the CUDA code of every case; needs no GPU")
+    run.add_argument("--resume", action="store_true", help="of a dry run: do what its rows do not hold yet, or failed")
+    run.add_argument("--jobs", type=int, default=os.cpu_count(), help="of a dry run: processes (%(default)s)")
+
+    largest = commands.add_parser("max-batch", help="the largest physical batch that fits into a GPU's memory")
+    largest.set_defaults(command=_max_batch)
+    largest.add_argument("architectures", nargs="+", choices=list(ARCHITECTURES), metavar="ARCHITECTURE", help="%(choices)s")
+    largest.add_argument("--precision", choices=list(DTYPES), default="bfloat16", help="%(default)s")
+    largest.add_argument("--contenders", nargs="+", metavar="NAME", help="only these, beside the non-private steps")
+    largest.add_argument("--out", type=Path, help="folder of the rows (default: benchmarks/results/cuda/DATE)")
 
     report = commands.add_parser("report", help="tables in Markdown, plots in PNG and SVG")
     report.set_defaults(command=_report)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,11 +58,28 @@ class WithLoss(nn.Module):
 
 
 @dataclass(frozen=True)
+class Stack:
+    """Builds a problem whose model is a stack of `layers` equal blocks, or has runs of at most so many of them.
+
+    Code for `shallow` of them holds everything that is in the code for all: a first block, a last one, and what stands between
+    two. `of(layers)` makes the problem with another number.
+    """
+
+    layers: int
+    of: Callable[[int], Problem]
+    shallow: int = 2
+
+    def __call__(self) -> Problem:
+        return self.of(self.layers)
+
+
+@dataclass(frozen=True)
 class Case:
-    """One row group of a suite: `build()` makes the problem, on the CPU and in float32, after a fixed torch seed.
+    """One row group of a suite: `build()` makes the problem in float32, on PyTorch's default device, after a fixed torch seed.
 
     `point` holds the coordinates that the report plots and sorts by, such as {"B": 1, "T": 4096}. `headline` cases of a
     suite run before all others. `target` is the largest ratio to the compiled non-private step that an issue accepts.
+    `like` names a case of the same suite, with the same contenders or more, whose graph differs in sizes only.
     """
 
     name: str
@@ -71,6 +88,7 @@ class Case:
     point: Mapping[str, int] = field(default_factory=dict)
     precisions: tuple[str, ...] = ("float32",)
     headline: bool = False
+    like: str | None = None
     target: float | None = None
     oracle_dtype: torch.dtype = torch.float64
     contenders: tuple[str, ...] | None = None
@@ -88,6 +106,19 @@ class Suite:
 
     def cases(self, sizes: str) -> tuple[Case, ...]:
         return {"small": self.small, "paper": self.paper}[sizes]
+
+
+def in_order(suites: Sequence[Suite], sizes: str) -> list[tuple[Suite, Case]]:
+    """All cases in the order in which they run: headlines before others, and the suites in turn.
+
+    So a run that its time ends early has the first cases of every suite, and not all cases of the first suites.
+    """
+    ranked = []
+    for suite in suites:
+        for headline in (True, False):
+            cases = [case for case in suite.cases(sizes) if case.headline is headline]
+            ranked += [(not headline, rank, suite, case) for rank, case in enumerate(cases)]
+    return [(suite, case) for *_, suite, case in sorted(ranked, key=lambda one: one[:2])]
 
 
 def per_sample(loss: Callable[..., Tensor], **settings: Any) -> Callable[[Tensor, Tensor], Tensor]:

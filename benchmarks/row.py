@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
+LATE = "not run: "
+"""How the error begins of a row whose turn did not come in time."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Row:
     """`peak_bytes` over that of the compiled non-private step."""
     samples_per_s: float | None = None
     compile_s: float | None = None
+    """Of the first step."""
     target: float | None = None
     device: str = ""
     threads: int | None = None
@@ -57,6 +60,10 @@ class Row:
         """Over the faster of the two non-private steps, compiled and eager."""
         known = [ratio for ratio in (self.ratio_to_compiled, self.ratio_to_eager) if ratio is not None]
         return max(known, default=None)
+
+    @property
+    def was_late(self) -> bool:
+        return self.error is not None and self.error.startswith(LATE)
 
     @property
     def key(self) -> tuple[str, ...]:

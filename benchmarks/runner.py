@@ -16,7 +16,7 @@ from benchmarks import machine
 from benchmarks.case import Case, Problem
 from benchmarks.contenders import BASELINE, EAGER, CannotRunError, Contender, Prepared, Privacy
 from benchmarks.gate import TOLERANCE, Oracle, gradient_error
-from benchmarks.row import Row
+from benchmarks.row import LATE, Row
 from benchmarks.timing import interleave, peak_tensor_bytes
 
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16}
@@ -50,10 +50,15 @@ def run_case(suite: str, case: Case, contenders: Sequence[Contender], settings: 
     """
     chosen = [c for c in contenders if case.contenders is None or c.name in case.contenders]
     for precision in case.precisions:
-        if settings.device == "cpu" and precision == "tf32":
+        if not runs_on(settings.device, precision):
             continue
         with matmul_precision(precision):
             _Run(suite, case, precision, settings, report).measure(chosen)
+
+
+def runs_on(device: str, precision: str) -> bool:
+    """tf32 is a precision of GPUs."""
+    return device == "cuda" or precision != "tf32"
 
 
 class _Run:
@@ -66,14 +71,15 @@ class _Run:
     def measure(self, contenders: Sequence[Contender]) -> None:
         torch._dynamo.reset()
         torch.manual_seed(0)
-        problem = self.case.build().to(self.settings.device, DTYPES[self.precision])
+        with torch.device(self.settings.device):
+            problem = self.case.build().to(self.settings.device, DTYPES[self.precision])
         order = sorted(contenders, key=lambda c: (c.name != BASELINE, c.name != EAGER))
         self.oracle = Oracle(problem, self.case.oracle_dtype)
         self.baseline: Prepared | None = None
         try:
             for contender in order:
                 if time.monotonic() > self.settings.deadline:
-                    self.report(self._row(contender, error="not run: the time given to this run was over"))
+                    self.report(self._row(contender, error=f"{LATE}the time given to this run was over"))
                     continue
                 self._contend(contender, problem)
                 _collect()

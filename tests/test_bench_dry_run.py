@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from rich.console import Console
@@ -12,16 +18,30 @@ pytest.importorskip("triton", reason="Inductor's code for a GPU needs the triton
 if torch.cuda.is_available():
     pytest.skip("a dry run is for machines without a GPU", allow_module_level=True)
 
-from benchmarks.case import Case, Problem, Suite, per_sample
+from benchmarks.case import Case, Problem, Stack, Suite, per_sample
+from benchmarks.contenders import BASELINE, CONTENDERS, EAGER
 from benchmarks.contenders.base import CannotRunError, Contender, Prepared, Privacy
 from benchmarks.contenders.loop import Loop
 from benchmarks.contenders.nonprivate import NonPrivate
 from benchmarks.contenders.ours import Ours
 from benchmarks.contenders.vmap import Vmap
-from benchmarks.dry_run import DryRow, dry_run, table
-from benchmarks.dry_table import run_time, summary
+from benchmarks.dry_run import dry_run, planned, rows_of
+from benchmarks.dry_table import run_time, summary, table
 from benchmarks.hopper import peaks_named
-from benchmarks.hopper.budget import Gate, compile_seconds, eager_seconds, timed_seconds
+from benchmarks.hopper import rows as dry_rows
+from benchmarks.hopper.budget import (
+    KERNEL_PROCESSES,
+    KERNEL_SECONDS,
+    START_SECONDS,
+    Gate,
+    compile_seconds,
+    eager_seconds,
+    timed_seconds,
+)
+from benchmarks.hopper.rows import DryRow
+from benchmarks.hopper.step import Amounts
+from benchmarks.models.mlp import MLP
+from benchmarks.suites import SUITES
 
 BATCH = 3
 
@@ -62,19 +82,23 @@ class Reading(NonPrivate):
         raise AssertionError("a fake tensor has no value")
 
 
-BASE, EAGER, OURS = NonPrivate("inductor", compiled=True), NonPrivate("eager", compiled=False), Ours("flashnorm")
+BASE, PLAIN, OURS = NonPrivate(BASELINE, compiled=True), NonPrivate(EAGER, compiled=False), Ours("flashnorm")
 
 
 def _suite(*cases: Case) -> Suite:
     return Suite("tiny", "Tiny", (), cases)
 
 
+def _run(suite: Suite, contenders: Sequence[Contender], **settings: Any) -> list[DryRow]:
+    return dry_run(planned([suite], contenders), **settings)
+
+
 @pytest.fixture(scope="module")
 def rows() -> list[DryRow]:
     others = Case("other", "for nobody here", _problem, precisions=("bfloat16",), contenders=("refusing",))
     headline = Case("first", "a headline", _problem, precisions=("tf32", "float32"), headline=True)
-    contenders = (BASE, EAGER, OURS, Loop("loop", compiled=False), Refusing(), Reading("reading", compiled=False))
-    return dry_run([_suite(others, headline)], contenders)
+    contenders = (BASE, PLAIN, OURS, Loop("loop", compiled=False), Refusing(), Reading("reading", compiled=False))
+    return _run(_suite(others, headline), contenders)
 
 
 def _row(rows: list[DryRow], contender: str, precision: str = "float32") -> DryRow:
@@ -119,16 +143,16 @@ def test_refusals_and_steps_that_need_values_are_notes(rows: list[DryRow]) -> No
 
 
 def test_a_case_that_cannot_be_compiled_is_an_error() -> None:
-    (row,) = dry_run([_suite(Case("mixing", "", _mixing))], [OURS])
+    (row,) = _run(_suite(Case("mixing", "", _mixing)), [OURS])
     assert row.error is not None
     assert "mix" in row.error.lower()
-    assert "1 failed" in summary([row])
+    assert "1 rows: 1 failed" in summary([row], 1)
 
 
 def test_peers_that_compile_are_compiled_in_headline_cases_only() -> None:
     peer = Vmap("vmap compiled", compiled=True)
     cases = Case("first", "", _problem, headline=True), Case("second", "", _problem)
-    first, second = dry_run([_suite(*cases)], [peer])
+    first, second = _run(_suite(*cases), [peer])
     assert first.kernels > 0
     assert first.note is None
     assert second.kernels == 0
@@ -137,18 +161,104 @@ def test_peers_that_compile_are_compiled_in_headline_cases_only() -> None:
 
 def test_cases_are_picked_by_name() -> None:
     suite = _suite(Case("one", "", _problem), Case("two", "", _problem))
-    assert [row.case for row in dry_run([suite], [Refusing()], cases=["two"])] == ["two"]
+    assert [job.case.name for job in planned([suite], [Refusing()], ["two"])] == ["two"]
 
 
 def test_processes_share_the_work_in_the_same_order() -> None:
     suite = _suite(*(Case(name, "", _problem) for name in "abc"))
-    assert [row.case for row in dry_run([suite], [Refusing()], jobs=2)] == ["a", "b", "c"]
+    assert [row.case for row in _run(suite, [Refusing()], processes=2)] == ["a", "b", "c"]
+
+
+def test_rows_that_are_known_are_not_made_again_unless_they_failed() -> None:
+    suite = _suite(*(Case(name, "", _problem) for name in "abc"))
+    known = [DryRow("tiny", "a", "float32", "refusing", note="from before"), DryRow("tiny", "b", "float32", "refusing", error="?")]
+    told: list[DryRow] = []
+    found = _run(suite, [Refusing()], known=known, report=told.append)
+    assert [row.case for row in told] == ["b", "c"]
+    assert [row.note for row in found] == ["from before", *[row.note for row in told]]
+    assert not [row for row in found if row.error]
+
+
+def test_no_job_starts_after_the_deadline_and_the_summary_says_what_is_missing() -> None:
+    suite = _suite(*(Case(name, "", _problem) for name in "abc"))
+    assert _run(suite, [Refusing()], deadline=time.monotonic() - 1) == []
+    assert "3 of 3 not done yet" in summary([], 3)
+
+
+def test_rows_survive_their_file(tmp_path: Path, rows: list[DryRow]) -> None:
+    dry_rows.write(rows, tmp_path / "rows.json")
+    assert dry_rows.read(tmp_path / "rows.json") == rows
+    assert dry_rows.read(tmp_path / "none.json") == []
+
+
+def _layers(layers: int, batch: int = BATCH, width: int = 16) -> Problem:
+    return Problem(
+        MLP(width, layers, activation=True), (torch.randn(batch, 5, width),), torch.randn(batch, 5, width), per_sample(F.mse_loss)
+    )
+
+
+def test_a_stack_is_generated_shallow_and_scaled_to_its_depth() -> None:
+    """Against the code of all layers, which here is generated as well: three times the work, to within a quarter."""
+    contenders = (BASE, PLAIN, OURS)
+    stack, whole = Case("stack", "", Stack(6, _layers)), Case("whole", "", lambda: _layers(6))
+    found = _run(_suite(stack, whole), contenders)
+    shallow, deep = ({row.contender: row for row in found if row.case == name} for name in ("stack", "whole"))
+    assert shallow["eager"] == dataclasses.replace(deep["eager"], case="stack", seconds=shallow["eager"].seconds)
+    for name in ("inductor", "flashnorm"):
+        assert "2 blocks" in shallow[name].checked
+        assert shallow[name].flops == pytest.approx(deep[name].flops, rel=0.25)
+        assert shallow[name].nbytes == pytest.approx(deep[name].nbytes, rel=0.25)
+        assert shallow[name].predicted_ms == pytest.approx(deep[name].predicted_ms, rel=0.25)
+
+
+def test_a_case_like_another_has_its_code_and_is_traced_at_its_own_size() -> None:
+    cases = Case("small", "", lambda: _layers(2, 3)), Case("large", "", lambda: _layers(2, 300, 64), like="small")
+    found = {(row.case, row.contender): row for row in _run(_suite(*cases), (BASE, PLAIN, OURS))}
+    large = found["large", "flashnorm"]
+    assert large.batch_size == 300
+    assert large.checked == "code of small, traced"
+    assert large.kernels == found["small", "flashnorm"].kernels
+    ratio = found["large", "eager"].flops / found["small", "eager"].flops
+    assert large.flops == pytest.approx(ratio * found["small", "flashnorm"].flops)
+
+
+def test_a_case_like_another_that_failed_fails_too() -> None:
+    cases = Case("mixing", "", _mixing), Case("like it", "", _mixing, like="mixing")
+    _, failed = _run(_suite(*cases), [OURS])
+    assert failed.error == "it shares the code of mixing, which has none"
+
+
+@pytest.mark.parametrize("suite", SUITES.values(), ids=lambda suite: suite.name)
+def test_a_case_like_another_comes_behind_it_with_the_same_contenders_and_precisions(suite: Suite) -> None:
+    for case in suite.paper:
+        if case.like is not None:
+            (other,) = (one for one in suite.paper if one.name == case.like)
+            assert other.like is None
+            order = [job.case.name for job in planned([suite], CONTENDERS)]
+            assert order.index(other.name) < order.index(case.name)
+            compiled = {job.contender.name for job in planned([suite], CONTENDERS, [case.name]) if job.generates}
+            theirs = {job.contender.name for job in planned([suite], CONTENDERS, [other.name]) if job.generates}
+            assert compiled <= theirs
+            assert set(case.precisions) <= set(other.precisions)
+
+
+def test_what_a_job_raises_is_its_row() -> None:
+    def no_problem() -> Problem:
+        raise ValueError("sizes do not fit\nsecond line")
+
+    (job,) = planned([_suite(Case("broken", "", no_problem))], [BASE])
+    (row,) = rows_of(job)
+    assert row.error == "ValueError: sizes do not fit"
+
+
+def test_amounts_over_nothing_leave_things_as_they_are() -> None:
+    assert Amounts(2.0, 3.0, 4.0, 5.0, 6.0).over(Amounts(1.0, 3.0, 0.0, 10.0, 2.0)) == Amounts(2.0, 1.0, 1.0, 0.5, 3.0)
 
 
 def test_the_table_shows_ratios_and_whether_the_run_fits(rows: list[DryRow]) -> None:
     console = Console(width=200, record=True, file=None, quiet=False)
     with console.capture() as capture:
-        console.print(table(rows))
+        console.print(table(rows, len(rows)))
     text = capture.get()
     ratio = (_row(rows, "flashnorm").predicted_ms or 0) / (_row(rows, "inductor").predicted_ms or 1)
     assert f"{ratio:.2f}" in text
@@ -160,7 +270,7 @@ def test_timing_follows_the_rounds_of_a_run() -> None:
     assert timed_seconds(0.2, 0.1) == pytest.approx((2 + 5) * 0.3 + 0.2)
     assert timed_seconds(0.002, 0.001) == pytest.approx(2 * 0.003 + 0.5 + 0.002)  # half a second of short steps
     assert timed_seconds(2.0, 1.0) == pytest.approx((2 + 3) * 3.0 + 2.0)  # 8 seconds would not be three rounds
-    assert compile_seconds(10.0, 80) == pytest.approx(20.0)
+    assert compile_seconds(10.0, 80) == pytest.approx(10.0 + 80 * KERNEL_SECONDS / KERNEL_PROCESSES)
     assert eager_seconds(1.0, 10) == 1.0
     assert eager_seconds(0.0, 1000) == pytest.approx(0.008)
 
@@ -172,10 +282,12 @@ def test_the_gate_is_two_loops_over_samples_for_each_clipping() -> None:
 
 
 def test_a_run_is_the_sum_over_cases_with_a_baseline() -> None:
-    base = DryRow("s", "c", "float32", "inductor", True, batch_size=1, kernels=8, predicted_ms=100.0, seconds=1.0)
-    ours = DryRow("s", "c", "float32", "flashnorm", True, "flat", 1, kernels=16, predicted_ms=200.0, seconds=2.0)
-    lost = DryRow("s", "d", "float32", "flashnorm", False, "flat", 1, kernels=16, predicted_ms=200.0, seconds=2.0)
+    base = DryRow("s", "c", "float32", "inductor", True, batch_size=1, kernels=8, predicted_ms=100.0, generating_s=1.0)
+    ours = DryRow("s", "c", "float32", "flashnorm", True, "flat", 1, kernels=16, predicted_ms=200.0, generating_s=2.0)
+    lost = DryRow("s", "d", "float32", "flashnorm", False, "flat", 1, kernels=16, predicted_ms=200.0, generating_s=2.0)
     found = run_time([base, ours, lost])
+    compiling = compile_seconds(1.0, 8) + compile_seconds(2.0, 16)
     assert found.timing == pytest.approx(timed_seconds(0.1, 0.1) + timed_seconds(0.2, 0.1))
-    assert found.compiling == pytest.approx(compile_seconds(1.0, 8) + compile_seconds(2.0, 16))
+    assert found.compiling == pytest.approx(compiling)
     assert found.gate == pytest.approx(2 * 0.3)
+    assert found.total == pytest.approx(found.timing + found.compiling + found.gate + START_SECONDS)

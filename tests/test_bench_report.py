@@ -64,12 +64,17 @@ class TestTables:
     def test_failures_stand_in_the_table_and_below_it(self) -> None:
         rows = [row for row in everybody() if not row.contender.startswith("opacus")]
         rows.append(failed("opacus", "CannotRunError: no hook\n  for this layer | or that"))
+        rows = [row for row in rows if row.contender != "vmap compiled"]
+        rows.append(failed("vmap compiled", "OutOfMemoryError: no memory left"))
+        rows.append(failed("jax_privacy", "NotInstalledError: pip install jax jax_privacy"))
         rows.append(failed("opacus ghost", "GateError: off", gradient_error=0.25, gradient_error_allowed=1e-4))
         rows.append(make("vmap", time=1.9, memory=2.0, gradient_error=None))
         rows.append(failed("loop compiled", "not run: the time given to this run was over"))
         text = tables.section_text(only_section(rows))
         for shown, note in {
-            "failed": "opacus: CannotRunError: no hook for this layer | or that",
+            "refused": "opacus: CannotRunError: no hook for this layer | or that",
+            "failed": "vmap compiled: OutOfMemoryError: no memory left",
+            "absent": "jax_privacy: NotInstalledError: pip install jax jax_privacy",
             "wrong": "opacus ghost: gradient error 2.5e-01, allowed 1.0e-04",
             "no gate": "vmap: the gradients were not compared with the oracle, so the time does not count",
             "not run": "loop compiled: not run: the time given to this run was over",

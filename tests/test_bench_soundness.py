@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import flashnorm_compile
 from benchmarks.case import Problem
-from benchmarks.contenders.base import CannotRunError, Contender, Prepared, Privacy
+from benchmarks.contenders.base import CannotRunError, Contender, NotInstalledError, Prepared, Privacy
 from benchmarks.contenders.nonprivate import NonPrivate
 from benchmarks.soundness import TRAPS, SoundnessRow, Trap, judge, markdown_table, read, run, write
 from benchmarks.soundness.oracle import Oracle
@@ -214,14 +214,13 @@ def test_a_refusal_at_the_optimizer_step_counts() -> None:
 
 
 def test_absent_peers_and_missing_gpus_are_told_from_refusals() -> None:
-    class Absent(Planted):
-        def version(self) -> str | None:
-            return None
+    def absent(*_: object) -> None:
+        raise NotInstalledError("no such package")
 
     class OnGpu(Planted):
         on_cuda_only = True
 
-    assert judge(Absent(refusing), BY_NAME["none"]).verdict == "not installed"
+    assert judge(Planted(absent), BY_NAME["none"]).verdict == "not installed"
     assert judge(OnGpu(honest), BY_NAME["none"]).verdict == "needs CUDA"
 
 
@@ -267,7 +266,8 @@ def test_per_layer_clipping_is_compared_with_its_own_oracle() -> None:
 
 def test_rows_survive_a_file_and_a_new_run_replaces_them(tmp_path: Path) -> None:
     path = tmp_path / "cpu" / "today" / "soundness.json"
-    rows = run([Planted(last_bias_skipped), NonPrivate("eager", compiled=False)], "cpu", [BY_NAME["none"], BY_NAME["not finite"]])
+    contenders = [Planted(last_bias_skipped), NonPrivate("eager", compiled=False)]
+    rows = list(run(contenders, "cpu", [BY_NAME["none"], BY_NAME["not finite"]]))
     write(rows, path)
     assert read(path) == rows
     write([dataclasses.replace(rows[0], verdict="exact")], path)

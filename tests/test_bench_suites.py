@@ -8,14 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.case import Case, Problem, Suite
-from benchmarks.contenders import CONTENDERS, CannotRunError, Contender, Prepared, Privacy
+from benchmarks.case import Case, Suite, in_order
+from benchmarks.contenders import CONTENDERS
 from benchmarks.models.bert import BERT
 from benchmarks.models.gpt import GPT
 from benchmarks.models.llama import Llama
 from benchmarks.models.resnet import StandardizedConv2d
-from benchmarks.suites import core, gpt2, layers, linear, llama, max_batch, vision
-from benchmarks.suites.problems import image_classes
+from benchmarks.suites import core, gpt2, layers, linear, llama, vision
 
 SUITES: tuple[Suite, ...] = (core.SUITE, linear.SUITE, gpt2.SUITE, vision.SUITE, llama.SUITE, layers.SUITE)
 
@@ -215,79 +214,20 @@ def test_case_names_are_unique_and_say_what_they_are() -> None:
             assert all(case.description and "B" in case.point for case in cases), suite.name
 
 
+def test_headlines_run_first_and_suites_take_turns() -> None:
+    """So that a run that its time ends early has something of everything."""
+    order = in_order(SUITES, "paper")
+    assert len(order) == sum(len(suite.paper) for suite in SUITES)
+    headlines = [case.headline for _, case in order]
+    assert headlines == sorted(headlines, reverse=True)
+    assert [suite.name for suite, case in order if case.headline][:4] == ["linear", "gpt2", "vision", "llama"]
+    rest = [suite.name for suite, case in order if not case.headline]
+    assert set(rest[: len(SUITES)]) == {suite.name for suite in SUITES}
+
+
 def test_every_named_contender_is_registered() -> None:
     """The runner leaves out whom it does not know, so a misspelt name would go unnoticed."""
     registered = {contender.name for contender in CONTENDERS}
     for suite in SUITES:
         for case in (*suite.small, *suite.paper):
             assert set(case.contenders or ()) <= registered, f"{suite.name}: {case.name}"
-
-
-@pytest.mark.parametrize("answer", [0, 1, 2, 3, 31, 32, 33, 100, 511, 512])
-def test_search_finds_the_largest_batch(answer: int) -> None:
-    tried: list[int] = []
-
-    def does_fit(size: int) -> bool:
-        tried.append(size)
-        return size <= answer
-
-    found = max_batch.largest_batch(does_fit, limit=512, resolution=0.0)
-    assert found == answer
-    assert len(tried) == len(set(tried)), "no size is tried twice"
-    assert max(tried) <= 512
-    coarse = max_batch.largest_batch(lambda size: size <= answer, limit=512, resolution=1 / 16)
-    assert answer / (1 + 1 / 16) <= coarse <= answer
-
-
-class _Limited(Contender):
-    """Runs out of memory above a number of bytes of inputs, or fails in another way."""
-
-    name = "limited"
-
-    def __init__(self, byte_limit: int, error: Exception) -> None:
-        self.byte_limit, self.error = byte_limit, error
-        self.closed = 0
-
-    def prepare(self, problem: Problem, privacy: Privacy) -> Prepared:
-        return _LimitedStep(problem, privacy, self)
-
-
-class _LimitedStep(Prepared):
-    def __init__(self, problem: Problem, privacy: Privacy, contender: _Limited) -> None:
-        super().__init__(problem, privacy)
-        self.contender = contender
-
-    def backward(self) -> None:
-        if sum(x.nbytes for x in self.problem.inputs) > self.contender.byte_limit:
-            raise self.contender.error
-        self.problem.mean_loss(self.model)(*self.problem.inputs, self.problem.targets).backward()
-
-    def close(self) -> None:
-        self.contender.closed += 1
-
-
-def _images(batch: int) -> Problem:
-    return image_classes(nn.Sequential(nn.Flatten(), nn.Linear(12, 5)), batch, 2, 5)
-
-
-def test_search_over_steps_stops_at_the_memory_limit() -> None:
-    contender = _Limited(5 * 12 * 4, torch.OutOfMemoryError("no memory left"))
-    tried = [0]
-
-    def does_fit(batch: int) -> bool:
-        tried[0] += 1
-        return max_batch.fits(contender, lambda: _images(batch))
-
-    assert max_batch.largest_batch(does_fit, limit=8, resolution=0.0) == 5
-    assert contender.closed == tried[0]
-
-
-def test_out_of_memory_inside_the_compiler_counts_too() -> None:
-    wrapped = RuntimeError("the backend failed")
-    wrapped.__cause__ = torch.OutOfMemoryError("no memory left")
-    assert not max_batch.fits(_Limited(0, wrapped), lambda: _images(2))
-
-
-def test_other_errors_of_a_step_are_passed_on() -> None:
-    with pytest.raises(CannotRunError, match="not this model"):
-        max_batch.fits(_Limited(0, CannotRunError("not this model")), lambda: _images(2))

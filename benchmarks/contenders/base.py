@@ -13,7 +13,11 @@ from benchmarks.case import Problem
 
 
 class CannotRunError(RuntimeError):
-    """A contender does not take this model, or is not installed. The text becomes its row's error."""
+    """A contender does not take this model. The text becomes its row's error."""
+
+
+class NotInstalledError(CannotRunError):
+    """A contender's package is not there, or not for this device."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,9 @@ class Contender(abc.ABC):
     name: str
     clipping: str | None = "flat"
     compiled: bool = False
+    """With `torch.compile`."""
+    mirrors: bool = False
+    """It runs no PyTorch model, but a copy of it in another framework."""
     on_cuda_only: bool = False
 
     def version(self) -> str | None:

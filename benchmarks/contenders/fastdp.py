@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from benchmarks.case import Problem
-from benchmarks.contenders.base import CannotRunError, Contender, Prepared, Privacy
+from benchmarks.contenders.base import Contender, NotInstalledError, Prepared, Privacy
 from benchmarks.contenders.release import refusals
 
 PATH = "FASTDP_PATH"
@@ -29,7 +29,7 @@ class FastDP(Contender):
     def version(self) -> str | None:
         try:
             return f"fastdp {_package().__version__}"
-        except CannotRunError:
+        except NotInstalledError:
             return None
 
     def prepare(self, problem: Problem, privacy: Privacy) -> Prepared:
@@ -82,15 +82,15 @@ class _Prepared(Prepared):
 def _package() -> ModuleType:
     path = os.environ.get(PATH)
     if not path:
-        raise CannotRunError(
+        raise NotInstalledError(
             f"FastDP is in no package index: set {PATH} to a checkout of github.com/awslabs/fast-differential-privacy"
         )
     if not os.path.isdir(os.path.join(path, "fastDP")):
-        raise CannotRunError(f"{PATH} is {path}, which holds no folder fastDP: set it to a checkout of FastDP")
+        raise NotInstalledError(f"{PATH} is {path}, which holds no folder fastDP: set it to a checkout of FastDP")
     sys.path.insert(0, path)
     try:
         return importlib.import_module("fastDP")
     except ImportError as error:
-        raise CannotRunError(f"FastDP in {path} cannot be imported: {error}") from error
+        raise NotInstalledError(f"FastDP in {path} cannot be imported: {error}") from error
     finally:
         sys.path.remove(path)

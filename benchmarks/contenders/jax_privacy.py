@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.case import Problem
-from benchmarks.contenders.base import CannotRunError, Contender, Prepared, Privacy
+from benchmarks.contenders.base import Contender, NotInstalledError, Prepared, Privacy
 from benchmarks.contenders.release import noise_std, package_version
 
 
@@ -20,16 +20,17 @@ class JaxPrivacy(Contender):
     """
 
     name = "jax_privacy"
-    compiled = True
+    mirrors = True
 
     def version(self) -> str | None:
         return package_version("jax_privacy")
 
     def prepare(self, problem: Problem, privacy: Privacy) -> Prepared:
         try:
-            import jax_privacy  # noqa: F401 - imported where it is used
+            import jax_privacy  # noqa: F401 - imported where they are used
+            import optax  # noqa: F401
         except ImportError as error:
-            raise CannotRunError(f"jax_privacy cannot be imported ({error}): pip install jax jax_privacy") from error
+            raise NotInstalledError(f"jax_privacy cannot be imported ({error}): pip install jax jax_privacy optax") from error
         return _Prepared(problem, privacy)
 
 
@@ -100,7 +101,7 @@ class _Prepared(Prepared):
     def _require_same_device(self, device: str) -> None:
         backend = self.jax.default_backend()
         if (backend == "gpu") != (device == "cuda"):
-            raise CannotRunError(f"the batch is on {device} and JAX runs on {backend}: install JAX for {device}")
+            raise NotInstalledError(f"the batch is on {device} and JAX runs on {backend}: install JAX for {device}")
 
 
 def _to_jax(x: Tensor) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from benchmarks.case import Problem
-from benchmarks.contenders.base import CannotRunError, Contender, Prepared, Privacy
+from benchmarks.contenders.base import Contender, NotInstalledError, Prepared, Privacy
 from benchmarks.contenders.release import package_version, refusals
 
 
@@ -32,7 +32,7 @@ class Opacus(Contender):
         try:
             import opacus  # noqa: F401 - the classes below are imported where they are used
         except ImportError as error:
-            raise CannotRunError("opacus is not installed: pip install opacus") from error
+            raise NotInstalledError("opacus is not installed: pip install opacus") from error
         with refusals("opacus"):
             return _MODES[self.mode](problem, privacy, self.mode)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from benchmarks import max_batch
 from benchmarks.report import grouping, plots, readme, tables
 from benchmarks.report.readme import update_readme
 from benchmarks.report.trends import compare
@@ -27,6 +28,8 @@ def report(directory: Path, against: Path | None = None) -> str:
     text = "\n\n".join([f"# Results: {grouping.provenance(rows) or directory.name}", *map(tables.section_text, sections)])
     if found := readme.soundness(directory):
         text += f"\n\n## soundness\n\n{found}"
+    if largest := max_batch.read(directory / max_batch.FILE_NAME):
+        text += f"\n\n## largest physical batch\n\n{max_batch.markdown_table(largest)}"
     pictures = [path for section in sections for path in plots.draw(section, directory / "plots")]
     shown = "\n\n".join(f"![{path.stem}](plots/{path.name})" for path in pictures if path.suffix == ".png")
     (directory / FILE_NAME).write_text(f"{text}\n\n## Plots\n\n{shown}\n")

@@ -7,13 +7,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks import max_batch
 from benchmarks import row as rows_file
-from benchmarks.row import Row
+from benchmarks.contenders.base import CannotRunError, NotInstalledError
+from benchmarks.row import LATE, Row
 
 BASELINE, EAGER = "inductor", "eager"
 NON_PRIVATE = (BASELINE, EAGER)
 OURS = "flashnorm"
 SOUNDNESS_FILE = "soundness.json"
+OTHER_FILES = (SOUNDNESS_FILE, max_batch.FILE_NAME)
 AXES = ("T", "B")
 """Coordinates of `Row.point` that a plot can run along; a case that could go on several goes on the first."""
 
@@ -21,13 +24,13 @@ Value = Callable[[Row], "float | None"]
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The timed rows of a results folder or of one file. `soundness.json` holds verdicts, not times, and is left out.
+    """The timed rows of a results folder or of one file. Files with other rows (`OTHER_FILES`) are left out.
 
-    Raises ValueError where there is neither a row nor `soundness.json`.
+    Raises ValueError where there are neither rows nor such files.
     """
     files = sorted(path.glob("*.json")) if path.is_dir() else [path]
-    rows = [row for file in files if file.name != SOUNDNESS_FILE for row in rows_file.read(file)]
-    if not rows and not (path / SOUNDNESS_FILE).exists():
+    rows = [row for file in files if file.name not in OTHER_FILES for row in rows_file.read(file)]
+    if not rows and not any((path / name).exists() for name in OTHER_FILES):
         raise ValueError(f"{path} holds no results; give a folder that `python -m benchmarks run SUITE --out FOLDER` has written")
     return rows
 
@@ -57,6 +60,10 @@ class Failure:
     reason: str
 
 
+_KINDS = {"not run": LATE.strip(), "absent": NotInstalledError.__name__, "refused": CannotRunError.__name__}
+"""How the errors begin of what is no fault."""
+
+
 def failure(row: Row) -> Failure | None:
     """None for a row with a time whose gradient error was measured and is at most the allowed one."""
     error, allowed = row.gradient_error, row.gradient_error_allowed
@@ -64,7 +71,7 @@ def failure(row: Row) -> Failure | None:
         return Failure("wrong", f"gradient error {error:.1e}, allowed {allowed:.1e}")
     if row.error is not None:
         reason = " ".join(row.error.split()) or "no message"
-        return Failure("not run" if reason.startswith("not run") else "failed", reason)
+        return Failure(next((kind for kind, start in _KINDS.items() if reason.startswith(start)), "failed"), reason)
     if row.median_ms is None:
         return Failure("failed", "no time was taken")
     if error is None or allowed is None:

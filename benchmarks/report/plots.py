@@ -167,7 +167,7 @@ def _bars(section: Section, cases: Sequence[str]) -> Figure:
             _bar(panel, place, section.row(case, contender), limits)
         panel.set_xscale("log", base=2)
         panel.set_xlim(*limits)
-        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        _ratio_ticks(panel, limits)
         panel.axvline(1.0, color=COLORS[BASELINE], linewidth=1.2)
         panel.set_title(case, fontsize=10)
         panel.grid(axis="x", color="#dddddd", linewidth=0.8)
@@ -202,7 +202,16 @@ def _ratio_limits(section: Section, cases: Sequence[str]) -> tuple[float, float]
     rows = [row for case in cases for row in section.of(case)]
     ratios = [ratio for row in rows for ratio in (grouping.time_ratio(row), grouping.memory_ratio(row)) if ratio]
     low, high = min([0.9, *ratios]), max([1.5, *ratios])
-    return low * 0.9, high * (high / low) ** 0.22
+    return low / (high / low) ** 0.04, high * (high / low) ** 0.22
+
+
+def _ratio_ticks(panel: Axes, limits: tuple[float, float]) -> None:
+    """Powers of two, or between them too where there would be hardly any."""
+    low, high = limits
+    steps = (1.0,) if high > 8 * low else (1.0, 1.5) if high > 3.5 * low else (1.0, 1.2, 1.4, 1.7)
+    panel.xaxis.set_major_locator(LogLocator(base=2, subs=steps))
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    panel.xaxis.set_minor_locator(NullLocator())
 
 
 def _readable_ticks(panel: Axes, *, fine: bool) -> None:

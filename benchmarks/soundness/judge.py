@@ -10,8 +10,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.case import Problem
-from benchmarks.contenders.base import CannotRunError, Contender, Privacy
+from benchmarks.contenders.base import Contender, NotInstalledError, Privacy
 from benchmarks.machine import PACKAGES, device_name, today, versions
 from benchmarks.soundness import verdict
 from benchmarks.soundness.oracle import CRITERION, Gradients, Oracle, norm
@@ -97,9 +98,16 @@ class Releaser:
             self.problem.loss.zero_grad(set_to_none=True)
 
 
-def run(contenders: Sequence[Contender], device: str, traps: Sequence[Trap] = TRAPS) -> list[SoundnessRow]:
-    """Every contender in every trap; one that fails is a row with the reason."""
-    return [judge(contender, trap, device) for contender in contenders for trap in traps]
+def run(
+    contenders: Sequence[Contender], device: str, traps: Sequence[Trap] = TRAPS, deadline: float = math.inf
+) -> Iterator[SoundnessRow]:
+    """Every contender in every trap; one that fails is a row with the reason, and so is one whose turn comes after `deadline`."""
+    for contender in contenders:
+        for trap in traps:
+            if time.monotonic() > deadline:
+                yield SoundnessRow(trap.name, trap.description, contender.name, verdict.NOT_JUDGED, date=today())
+            else:
+                yield judge(contender, trap, device)
 
 
 def judge(contender: Contender, trap: Trap, device: str = "cpu") -> SoundnessRow:
@@ -118,7 +126,7 @@ def judge(contender: Contender, trap: Trap, device: str = "cpu") -> SoundnessRow
             findings = measure(contender, trap, problem)
     except Exception as error:  # whatever a contender raises is its answer
         text = refusal(error)
-        absent = isinstance(error, CannotRunError) and _is_absent_peer(contender)
+        absent = isinstance(error, NotInstalledError)
         return dataclasses.replace(row, verdict=verdict.ABSENT if absent else verdict.REFUSES, refusal=text)
     return _judged(row, findings, trap, contender.clipping)
 
@@ -221,10 +229,6 @@ def refusal(error: BaseException) -> str:
         error = inner
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
-
-
-def _is_absent_peer(contender: Contender) -> bool:
-    return type(contender).version is not Contender.version and contender.version() is None
 
 
 def _circumstances(contender: Contender, device: str) -> dict[str, Any]:

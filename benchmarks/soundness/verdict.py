@@ -24,6 +24,7 @@ REFUSES = "refuses"
 NO_BOUND = "no bound"
 ABSENT = "not installed"
 NEEDS_CUDA = "needs CUDA"
+NOT_JUDGED = "not judged: the time given to this run was over"
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from benchmarks.case import Case, Problem, Suite
-from benchmarks.suites.problems import ONE_OF_EACH, regression
+from benchmarks.case import Case, Problem, Stack, Suite
+from benchmarks.suites.problems import ONE_OF_EACH, OURS, regression
 
 
 class Attention(nn.Module):
@@ -80,8 +80,15 @@ def _attention(batch: int, tokens: int, keys: int, width: int) -> Problem:
     return regression(Attention(width, heads=4), torch.randn(batch, tokens, width), torch.randn(batch, keys, width))
 
 
-def _case(name: str, description: str, batch: int, build: Callable[[], Problem]) -> Case:
-    return Case(name, f"{description}, B {batch}", build, {"B": batch}, contenders=ONE_OF_EACH)
+def _case(
+    name: str,
+    description: str,
+    batch: int,
+    build: Callable[[], Problem],
+    precisions: tuple[str, ...] = ("float32",),
+    contenders: tuple[str, ...] = ONE_OF_EACH,
+) -> Case:
+    return Case(name, f"{description}, B {batch}", build, {"B": batch}, precisions, contenders=contenders)
 
 
 SMALL = (
@@ -102,25 +109,36 @@ SMALL = (
     _case("lstm", "LSTM, d 128, T 6", 32, lambda: regression(LSTM(128), torch.randn(32, 6, 128))),
 )
 
-# torch.compile unrolls the recurrent layers over time, so T is 32 here and not the 128 of the Opacus benchmark, and the small
+# torch.compile unrolls the recurrent layers over time, so T is 16 here and not the 128 of the Opacus benchmark, and the small
 # sizes have one recurrent layer only: compiling it takes longer than all other layers together.
-PAPER = (
-    _case("linear", "Linear(512, 512)", 512, lambda: regression(nn.Linear(512, 512), torch.randn(512, 512))),
-    _case("conv1d", "Conv1d, 64 channels, kernel 8, length 5000", 64, lambda: _conv(nn.Conv1d, 64, 64, 8, 5000)),
-    _case("conv2d", "Conv2d, 64 channels, kernel 8, 50 x 100", 64, lambda: _conv(nn.Conv2d, 64, 64, 8, 50, 100)),
-    _case("conv3d", "Conv3d, 64 channels, kernel 4, 16 x 16 x 16", 64, lambda: _conv(nn.Conv3d, 64, 64, 4, 16, 16, 16)),
-    _case("embedding", "Embedding(20000, 100), T 1", 512, lambda: _embedding(512, 1, 20000, 100)),
-    _case("layernorm", "LayerNorm(64)", 512, lambda: regression(nn.LayerNorm(64), torch.randn(512, 64))),
-    _case("groupnorm", "GroupNorm(16, 256)", 512, lambda: regression(nn.GroupNorm(16, 256), torch.randn(512, 256))),
-    _case(
-        "instancenorm",
-        "InstanceNorm1d(256, affine=True), T 64",
-        512,
-        lambda: regression(nn.InstanceNorm1d(256, affine=True), torch.randn(512, 256, 64)),
-    ),
-    _case("mha", "MultiheadAttention(100, 4), T 64 to S 128", 256, lambda: _attention(256, 64, 128, 100)),
-    _case("lstm", "LSTM, d 100, T 32", 256, lambda: regression(LSTM(100), torch.randn(256, 32, 100))),
-    _case("gru", "GRU, d 100, T 32", 256, lambda: regression(GRU(100), torch.randn(256, 32, 100))),
+UNROLLED = 16
+
+
+def _recurrent(kind: Callable[[int], nn.Module]) -> Stack:
+    """Equal steps over time are a stack: a first one from the state 0, middle ones, a last one."""
+    return Stack(UNROLLED, lambda steps: regression(kind(100), torch.randn(256, steps, 100)), shallow=3)
+
+
+PAPER = tuple(
+    _case(name, description, batch, build, precisions=("tf32",), contenders=(*OURS, "opacus", "vmap"))
+    for name, description, batch, build in (
+        ("linear", "Linear(512, 512)", 512, lambda: regression(nn.Linear(512, 512), torch.randn(512, 512))),
+        ("conv1d", "Conv1d, 64 channels, kernel 8, length 5000", 64, lambda: _conv(nn.Conv1d, 64, 64, 8, 5000)),
+        ("conv2d", "Conv2d, 64 channels, kernel 8, 50 x 100", 64, lambda: _conv(nn.Conv2d, 64, 64, 8, 50, 100)),
+        ("conv3d", "Conv3d, 64 channels, kernel 4, 16 x 16 x 16", 64, lambda: _conv(nn.Conv3d, 64, 64, 4, 16, 16, 16)),
+        ("embedding", "Embedding(20000, 100), T 1", 512, lambda: _embedding(512, 1, 20000, 100)),
+        ("layernorm", "LayerNorm(64)", 512, lambda: regression(nn.LayerNorm(64), torch.randn(512, 64))),
+        ("groupnorm", "GroupNorm(16, 256)", 512, lambda: regression(nn.GroupNorm(16, 256), torch.randn(512, 256))),
+        (
+            "instancenorm",
+            "InstanceNorm1d(256, affine=True), T 64",
+            512,
+            lambda: regression(nn.InstanceNorm1d(256, affine=True), torch.randn(512, 256, 64)),
+        ),
+        ("mha", "MultiheadAttention(100, 4), T 64 to S 128", 256, lambda: _attention(256, 64, 128, 100)),
+        ("lstm", f"LSTM, d 100, T {UNROLLED}", 256, _recurrent(LSTM)),
+        ("gru", f"GRU, d 100, T {UNROLLED}", 256, _recurrent(GRU)),
+    )
 )
 
 SUITE = Suite(name="layers", title="One layer of each kind", small=SMALL, paper=PAPER)

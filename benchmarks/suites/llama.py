@@ -2,12 +2,12 @@
 
 import torch
 
-from benchmarks.case import Case, Problem, Suite
+from benchmarks.case import Case, Problem, Stack, Suite
 from benchmarks.models.llama import Llama, LlamaBlocks
-from benchmarks.suites.problems import EVERYBODY, SWEEP, next_token, regression
+from benchmarks.suites.problems import EVERYBODY, OURS, next_token, regression
 
 TOKENS = 2048
-HEADLINE_BATCH = 4
+BOTH = (*OURS, "flashnorm per-layer")
 
 
 def _small() -> Problem:
@@ -15,37 +15,38 @@ def _small() -> Problem:
     return next_token(model, 1024, batch=2, tokens=96)
 
 
-def _whole(batch: int) -> Case:
+def _whole(batch: int, contenders: tuple[str, ...], *, headline: bool = False, like: str | None = None) -> Case:
     """The oracle is float32: in float64 the weights, logits and T x T attention matrices take some 80 GiB."""
-    headline = batch == HEADLINE_BATCH
     return Case(
         name=f"1b-b{batch}",
         description=f"Llama-3.2-1B, tied embeddings, vocabulary 128256, B {batch}, T {TOKENS}",
-        build=lambda: next_token(Llama(), 128256, batch, TOKENS),
+        build=Stack(16, lambda layers: next_token(Llama(layers=layers), 128256, batch, TOKENS)),
         point={"B": batch, "T": TOKENS},
         precisions=("bfloat16",),
         headline=headline,
+        like=like,
         oracle_dtype=torch.float32,
-        contenders=None if headline else SWEEP,
+        contenders=contenders,
     )
 
 
-def _blocks_problem(layers: int, batch: int) -> Problem:
-    blocks = LlamaBlocks(5120, layers, heads=40, key_heads=40, mlp_width=13824, rotary_base=10000.0)
-    return regression(blocks, torch.randn(batch, TOKENS, 5120))
-
-
-def _blocks(layers: int, batch: int, headline: bool = False) -> Case:
+def _blocks(batch: int, contenders: tuple[str, ...], *, headline: bool = False, like: str | None = None) -> Case:
     """Hidden states in, hidden states out. The oracle is float32, which is exact enough for bfloat16 and fits."""
+
+    def problem(layers: int) -> Problem:
+        blocks = LlamaBlocks(5120, layers, heads=40, key_heads=40, mlp_width=13824, rotary_base=10000.0)
+        return regression(blocks, torch.randn(batch, TOKENS, 5120))
+
     return Case(
-        name=f"13b-{layers}-blocks-b{batch}",
-        description=f"{layers} blocks of Llama 13B, d 5120, 40 heads, MLP 13824, B {batch}, T {TOKENS}",
-        build=lambda: _blocks_problem(layers, batch),
+        name=f"13b-2-blocks-b{batch}",
+        description=f"2 blocks of Llama 13B, d 5120, 40 heads, MLP 13824, B {batch}, T {TOKENS}",
+        build=Stack(2, problem),
         point={"B": batch, "T": TOKENS},
         precisions=("bfloat16",),
         headline=headline,
+        like=like,
         oracle_dtype=torch.float32,
-        contenders=None if headline else SWEEP,
+        contenders=contenders,
     )
 
 
@@ -62,10 +63,12 @@ SUITE = Suite(
         ),
     ),
     paper=(
-        *(_whole(batch) for batch in (1, 2, 4, 8)),
-        _blocks(2, 1, headline=True),
-        _blocks(2, 4, headline=True),
-        _blocks(2, 8),
-        _blocks(4, 1),
+        _whole(4, (*BOTH, "opacus", "loop"), headline=True),
+        _blocks(4, (*BOTH, "opacus", "two-pass ghost", "book-keeping", "loop compiled"), headline=True),
+        _blocks(1, (*BOTH, "opacus", "two-pass ghost", "book-keeping"), headline=True),
+        _whole(1, OURS),
+        _whole(8, OURS, like="1b-b4"),
+        _blocks(8, BOTH, like="13b-2-blocks-b4"),
+        _whole(2, OURS, like="1b-b4"),
     ),
 )

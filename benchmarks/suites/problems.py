@@ -17,13 +17,13 @@ EVERYBODY = (
     *OURS, "flashnorm per-layer", "opacus", "opacus functorch", "opacus ghost", "opacus fast gradient", "two-pass ghost",
     "book-keeping", "fastdp", "vmap", "vmap compiled", "loop", "loop compiled", "jax_privacy",
 )  # fmt: skip
-"""All but our algorithms forced one by one, which the suites `linear` and `gpt2` compare."""
+"""All but our algorithms forced one by one, which some cases of `linear` and `gpt2` compare."""
 
 ONE_OF_EACH = (*OURS, "opacus", "opacus ghost", "vmap", "loop compiled")
 """One contender of each method, where many cases have to be quick."""
 
-SWEEP = (*OURS, "flashnorm per-layer", "opacus ghost", "loop compiled")
-"""For the sizes of a sweep that are no headline."""
+HOOKS = (*OURS, "opacus", "opacus ghost", "two-pass ghost", "book-keeping", "fastdp")
+"""Methods with a rule for each kind of layer; they refuse tied weights. Nobody but ours is compiled."""
 
 
 def next_token(model: nn.Module, vocabulary: int, batch: int, tokens: int) -> Problem:

@@ -11,11 +11,11 @@ train them. They are frozen for everybody, except in the cases named "raw".
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from benchmarks.case import Case, Problem, Suite
+from benchmarks.case import Case, Problem, Stack, Suite
 from benchmarks.models.bert import BERT
 from benchmarks.models.resnet import BiT
 from benchmarks.models.vit import ViT
-from benchmarks.suites.problems import EVERYBODY, ONE_OF_EACH, image_classes, text_classes
+from benchmarks.suites.problems import EVERYBODY, HOOKS, ONE_OF_EACH, OURS, image_classes, text_classes
 
 FROZEN = "class token and positions frozen"
 TRAINED = "class token and positions trained"
@@ -24,51 +24,62 @@ BERT_TOKENS = 128
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model whose physical batch size is varied."""
+    """A model whose physical batch size is varied. `problem(layers, batch)` makes it with so many blocks."""
 
     description: str
-    problem: Callable[[int], Problem]
-    """The problem for a physical batch size."""
+    layers: int
+    problem: Callable[[int, int], Problem]
 
 
-def _vit(width: int, layers: int, heads: int) -> Callable[[int], Problem]:
-    return lambda batch: image_classes(ViT(width, layers, heads), batch, 224, 1000)
+def _vit(width: int, heads: int) -> Callable[[int, int], Problem]:
+    return lambda layers, batch: image_classes(ViT(width, layers, heads), batch, 224, 1000)
 
 
-def _bit(*stages: int) -> Callable[[int], Problem]:
-    return lambda batch: image_classes(BiT(stages), batch, 224, 1000)
+def _bit(*stages: int) -> Callable[[int, int], Problem]:
+    """All stages, or with less than their blocks two short ones, which hold every kind of block: a first one of a stage with and
+    without a stride, and one of those that repeat."""
+
+    def problem(layers: int, batch: int) -> Problem:
+        return image_classes(BiT(stages if layers >= max(stages) else (2, 1)), batch, 224, 1000)
+
+    return problem
+
+
+def _bert(layers: int, batch: int) -> Problem:
+    return text_classes(BERT(layers=layers), 30522, batch, BERT_TOKENS, 2)
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
-    "vit-ti": Architecture(f"ViT-Ti/16 at 224 px, {FROZEN}", _vit(192, 12, 3)),
-    "vit-s": Architecture(f"ViT-S/16 at 224 px, {FROZEN}", _vit(384, 12, 6)),
-    "vit-b": Architecture(f"ViT-B/16 at 224 px, {FROZEN}", _vit(768, 12, 12)),
-    "vit-l": Architecture(f"ViT-L/16 at 224 px, {FROZEN}", _vit(1024, 24, 16)),
-    "r50x1": Architecture("BiT R50x1 (GroupNorm, weight standardization) at 224 px", _bit(3, 4, 6, 3)),
-    "r101x1": Architecture("BiT R101x1 (GroupNorm, weight standardization) at 224 px", _bit(3, 4, 23, 3)),
-    "bert": Architecture(
-        f"BERT-base, {BERT_TOKENS} tokens, 2 classes", lambda batch: text_classes(BERT(), 30522, batch, BERT_TOKENS, 2)
-    ),
+    "vit-ti": Architecture(f"ViT-Ti/16 at 224 px, {FROZEN}", 12, _vit(192, 3)),
+    "vit-s": Architecture(f"ViT-S/16 at 224 px, {FROZEN}", 12, _vit(384, 6)),
+    "vit-b": Architecture(f"ViT-B/16 at 224 px, {FROZEN}", 12, _vit(768, 12)),
+    "vit-l": Architecture(f"ViT-L/16 at 224 px, {FROZEN}", 24, _vit(1024, 16)),
+    "r50x1": Architecture("BiT R50x1 (GroupNorm, weight standardization) at 224 px", 6, _bit(3, 4, 6, 3)),
+    "r101x1": Architecture("BiT R101x1 (GroupNorm, weight standardization) at 224 px", 23, _bit(3, 4, 23, 3)),
+    "bert": Architecture(f"BERT-base, {BERT_TOKENS} tokens, 2 classes", 12, _bert),
 }
 """What the paper sizes and the search for the largest physical batch run over."""
 
-HEADLINES = {("vit-b", 64): ("bfloat16", "tf32", "float32"), ("r50x1", 64): ("bfloat16",), ("bert", 64): ("bfloat16",)}
-"""Precisions of the cases that run first."""
 
-BATCHES = (16, 64, 256)
-
-
-def _paper_case(name: str, batch: int) -> Case:
+def _paper_case(
+    name: str,
+    batch: int,
+    contenders: tuple[str, ...],
+    *,
+    precisions: tuple[str, ...] = ("bfloat16",),
+    headline: bool = False,
+    like: str | None = None,
+) -> Case:
     architecture = ARCHITECTURES[name]
-    headline = (name, batch) in HEADLINES
     return Case(
         name=f"{name}-b{batch}",
         description=f"{architecture.description}, B {batch}",
-        build=lambda: architecture.problem(batch),
+        build=Stack(architecture.layers, lambda layers: architecture.problem(layers, batch)),
         point={"B": batch},
-        precisions=HEADLINES.get((name, batch), ("float32", "tf32", "bfloat16")),
+        precisions=precisions,
         headline=headline,
-        contenders=None if headline else ONE_OF_EACH,
+        like=like,
+        contenders=contenders,
     )
 
 
@@ -76,10 +87,10 @@ def _paper_raw() -> Case:
     return Case(
         name="vit-b-raw-b64",
         description=f"ViT-B/16 at 224 px, {TRAINED}, B 64",
-        build=lambda: image_classes(ViT(768, 12, 12, train_raw=True), 64, 224, 1000),
+        build=Stack(12, lambda layers: image_classes(ViT(768, layers, 12, train_raw=True), 64, 224, 1000)),
         point={"B": 64},
-        precisions=("tf32", "bfloat16"),
-        contenders=ONE_OF_EACH,
+        precisions=("bfloat16",),
+        contenders=(*OURS, "opacus"),
     )
 
 
@@ -131,5 +142,17 @@ SUITE = Suite(
             contenders=EVERYBODY,
         ),
     ),
-    paper=(*(_paper_case(name, batch) for name in ARCHITECTURES for batch in BATCHES), _paper_raw()),
+    paper=(
+        _paper_case("vit-b", 64, (*HOOKS, "vmap", "loop", "loop compiled"), headline=True),
+        _paper_case("r50x1", 64, (*OURS, "opacus", "opacus ghost", "vmap"), headline=True),
+        _paper_case("bert", 64, (*OURS, "opacus", "opacus ghost", "two-pass ghost", "book-keeping"), headline=True),
+        _paper_case("vit-b", 32, (*OURS, "opacus ghost"), precisions=("tf32", "float32")),
+        _paper_case("vit-b", 256, (*OURS, "opacus ghost"), like="vit-b-b64"),
+        _paper_case("vit-b", 16, (*OURS, "opacus ghost"), like="vit-b-b64"),
+        _paper_case("vit-l", 64, OURS, like="vit-b-b64"),
+        _paper_case("vit-s", 64, OURS, like="vit-b-b64"),
+        _paper_case("vit-ti", 64, OURS, like="vit-b-b64"),
+        _paper_case("r101x1", 64, OURS, like="r50x1-b64"),
+        _paper_raw(),
+    ),
 )
