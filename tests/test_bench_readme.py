@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -107,6 +108,19 @@ class TestReadme:
         assert "### cuda: 2026-04-05\n\n[Results](benchmarks/results/cuda/2026-04-05).\n\n**soundness**\n" in path.read_text()
         assert readme.mistakes(path, results) == []
         assert "over the bound (1.38 C)" in report(results / "cuda" / "2026-04-05")
+
+    def test_a_number_that_the_roofline_predicts_may_be_shown(self, project: tuple[Path, Path]) -> None:
+        path, results = project
+        update_readme(path, results)
+        folder = results / "roofline" / "2026-03-04"
+        folder.mkdir(parents=True)
+        row = {"seconds": 1.077, "baseline_seconds": 1.0, "peak_bytes": 3, "baseline_peak_bytes": 2, "target": 1.05}
+        (folder / "roofline.json").write_text(json.dumps({"torch": "2.13.0+cpu", "rows": [row]}))
+        shown = "Llama-3.2-1B: predicted 1.077, target 1.05, memory 1.50, torch 2.13.0"
+        path.write_text(path.read_text().replace(readme.BEGIN, f"{shown}\n\n{readme.BEGIN}"))
+        assert readme.mistakes(path, results) == []
+        path.write_text(path.read_text().replace("1.077", "1.078"))
+        assert readme.mistakes(path, results) == ["1.078 stands in '## Benchmarks' and in no results file"]
 
     def test_missing_markers(self, project: tuple[Path, Path]) -> None:
         path, results = project

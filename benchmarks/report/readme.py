@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -12,15 +13,30 @@ from benchmarks.row import Row
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 HEADING = "## Benchmarks"
+DEVICES = ("cpu", "cuda")
 COMMAND = "python -m benchmarks report --readme"
-MEASUREMENT = re.compile(r"\d+(?:\.\d+)+|\d+(?=\s?(?:%|ms\b|[kMG]i?B\b)|x\b)")
-"""Numbers that claim a measurement: decimals, and whole numbers with a unit or as a multiple ("3x", not "32 x 32")."""
+MEASUREMENT = re.compile(r"(?<![A-Za-z]-)\d+(?:\.\d+)+|\d+(?=\s?(?:%|ms\b|[kMG]i?B\b)|x\b)")
+"""Numbers that claim a measurement: decimals but those of names ("Llama-3.2"), and whole numbers with a unit or as a multiple
+("3x", not "32 x 32")."""
 
 
 def newest_folders(results: Path) -> dict[str, Path]:
     """The last dated folder of each device that holds results: `results/<device>/<date>/*.json`."""
-    dated = sorted({file.parent for file in results.glob("*/*/*.json")})
+    dated = sorted({file.parent for device in DEVICES for file in results.glob(f"{device}/*/*.json")})
     return {folder.parent.name: folder for folder in dated}
+
+
+def predicted(results: Path) -> set[str]:
+    """The numbers that `benchmarks.roofline` has predicted, as its table writes them: `results/roofline/<date>/roofline.json`."""
+    files = sorted(results.glob("roofline/*/roofline.json"))
+    if not files:
+        return set()
+    held = json.loads(files[-1].read_text())
+    numbers = {held["torch"].partition("+")[0]}
+    for row in held["rows"]:
+        numbers |= {f"{row['seconds'] / row['baseline_seconds']:.3f}", f"{row['peak_bytes'] / row['baseline_peak_bytes']:.2f}"}
+        numbers |= {f"{row['target']:.2f}"} if row.get("target") else set()
+    return numbers
 
 
 def render(results: Path, readme: Path) -> str:
@@ -62,7 +78,7 @@ def mistakes(readme: Path, results: Path) -> list[str]:
     if shown.strip() != rendered:
         lines = sorted(set(shown.strip().splitlines()) ^ set(rendered.splitlines()))
         found.append(f"the rendered part is not what {results} gives; run `{COMMAND}`. Differing lines: {lines}")
-    held = set(MEASUREMENT.findall(rendered))
+    held = set(MEASUREMENT.findall(rendered)) | predicted(results)
     found += [
         f"{number} stands in {HEADING!r} and in no results file"
         for number in MEASUREMENT.findall(before + after)
