@@ -54,6 +54,7 @@ class Report:
     """Time of the private step over the non-private one, by the planner's model; None where nothing had to be chosen."""
     predicted_peak_bytes: float = 0.0
     """Of the non-private step, which the memory budget refers to."""
+    predicted_private_peak_bytes: float = 0.0
     loss_inside: bool = True
     graph_break: str | None = None
 
@@ -78,6 +79,7 @@ class Report:
             "sensitivity": self.sensitivity,
             "predicted_ratio": self.predicted_ratio,
             "predicted_peak_bytes": self.predicted_peak_bytes,
+            "predicted_private_peak_bytes": self.predicted_private_peak_bytes,
             "replaced": self.replaced,
             "refused": self.refused,
             "loss_inside": self.loss_inside,
@@ -100,10 +102,9 @@ class Report:
         parts += ["bytes: moved to and from memory; held: until the clip factors are known"]
         parts += [f"clipping: {self.options.clipping}; {self.sensitivity}"]
         if self.predicted_ratio is not None:
-            peak = _short(round(self.predicted_peak_bytes))
-            parts.append(
-                f"predicted: {self.predicted_ratio:.2f} times the time of the non-private step, whose tensors take {peak}B"
-            )
+            peaks = [f"{_short(round(n))}B" for n in (self.predicted_private_peak_bytes, self.predicted_peak_bytes) if n]
+            memory = f"; its tensors take {' where that one takes '.join(peaks)}" if peaks else ""
+            parts.append(f"predicted: {self.predicted_ratio:.2f} times the time of the non-private step{memory}")
         parts += [f"replaced: {text}" for text in self.replaced]
         if self.graph_break is not None:
             parts.append(f"only the first graph: {BREAK} {self.graph_break}")
@@ -217,7 +218,17 @@ def explain_observed(
     outcome, inside, reason = outcomes[0]
     replaced = [replacement.text for replacement in outcome.replacements]
     plan = outcome.plan
-    return Report(options, str(outcome.batch), plan_rows(outcome), replaced, None, plan.ratio, plan.peak, inside, reason)
+    return Report(
+        options,
+        batch=str(outcome.batch),
+        parameters=plan_rows(outcome),
+        replaced=replaced,
+        predicted_ratio=plan.ratio,
+        predicted_peak_bytes=plan.peak,
+        predicted_private_peak_bytes=plan.private_peak,
+        loss_inside=inside,
+        graph_break=reason,
+    )
 
 
 def _has_scalar_output(graph: fx.Graph) -> bool:

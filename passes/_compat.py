@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import detect_fake_mode
 from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 def mode_settings(mode: str | None) -> dict[str, Any]:
@@ -67,6 +69,11 @@ def run_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Ca
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run
+
+
+def without_modes() -> AbstractContextManager[Any]:
+    """Tensors made inside are real and computed at once, whatever is being traced."""
+    return _disable_current_modes()
 
 
 def fake_mode_of(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:

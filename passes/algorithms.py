@@ -38,14 +38,26 @@ class Release:
 
 @dataclass(frozen=True)
 class Gradients:
-    """Per-sample gradients ``dense`` [B, *parameter] that Inductor sums itself; ``norms_sq`` float32 [B]."""
+    """Per-sample gradients ``dense`` [B, *parameter] that are summed one parameter after another; ``norms_sq`` float32 [B].
+
+    ``stored``: they lie in memory, and one kernel adds them up with the noise. Else (what is the same for every sample) Inductor
+    sums them as it makes them.
+    """
 
     gradient: ParameterGradient
     dense: Tensor
     norms_sq: Tensor
+    stored: bool
 
     def released(self, release: Release, sizes: Sizes) -> Tensor:
-        return _noised(self.gradient, _weighted_sum(self.dense, release.factors[self.gradient.row]), release, sizes)
+        gradient, factors = self.gradient, release.factors[self.gradient.row]
+        if not self.stored or _reduced_later(gradient):
+            return _noised(gradient, _weighted_sum(self.dense, factors), release, sizes)
+        original, dense = gradient.node.meta["val"], _real(self.dense)  # type: ignore[union-attr]
+        dtype = _real_dtype(original.dtype)
+        cast = () if torch.promote_types(dense.dtype, torch.float32) == dtype else (dtype,)
+        noised = ops.weighted_sum_noise(dense, factors, release.keys, release.std, gradient.row, *cast)
+        return torch.view_as_complex(noised) if original.is_complex() else noised
 
 
 @dataclass(frozen=True)
@@ -72,7 +84,7 @@ class Stored:
     @property
     def at_once(self) -> bool:
         """Whether the noise may come in the sum's own kernel; behind a reduction over ranks it comes later."""
-        return not self.gradient.reduced or not self.gradient.reduced.way
+        return not _reduced_later(self.gradient)
 
     def released(self, release: Release, sizes: Sizes) -> Tensor:
         total = ops.weighted_sum(self.dense, release.factors[self.gradient.row])
@@ -117,17 +129,18 @@ def part_of(plan: ParameterPlan, values: Values, sizes: Sizes) -> Part:
     if plan.chosen == "ghost":
         terms = [_factor_values(factor, values, sizes) for factor in plan.factors]
         norms_sq = (kernels.squared_norms(terms) if fused else squared_norms(terms)).float()
-        return Factored(gradient, norms_sq, values, _scaled_by_kernels(plan, terms) if fused else {})
+        return Factored(gradient, norms_sq, values, _scaled_by_kernels(plan, terms, fused))
     if plan.chosen == "flash":
         products: list[Any] = [_factor_values(factor, values, sizes) for factor in plan.factors]
         norms_sq = kernels.squared_products(products) if fused else squared_products(products)
-        return Factored(gradient, norms_sq, values, _scaled_by_kernels(plan, products) if fused else {})
+        return Factored(gradient, norms_sq, values, _scaled_by_kernels(plan, products, fused))
     if fused and plan.chosen == "materialize" and _is_product(plan):
         return Stored(gradient, *_products(plan, values, sizes))
     dense = _dense(plan, values, sizes)
-    if fused and plan.chosen in ("materialize", "single"):
+    stored = plan.chosen in ("materialize", "single")
+    if fused and stored:
         return Stored(gradient, _real(dense), None)
-    return Gradients(gradient, dense, _squares(dense))
+    return Gradients(gradient, dense, _squares(dense), stored)
 
 
 def norms_of(parts: Sequence[Part]) -> tuple[Tensor, list[int]]:
@@ -205,11 +218,12 @@ def _outer_values(factor: Factor, values: Values, sizes: Sizes) -> Outer:
     return Outer(right, left.mT) if factor.swapped else Outer(left.mT, right)
 
 
-def _scaled_by_kernels(plan: ParameterPlan, terms: Sequence[Outer | Rows]) -> dict[fx.Node, Outer]:
-    """Products in the orientation of their use, by use. A convolution's are those of its input's patches."""
+def _scaled_by_kernels(plan: ParameterPlan, terms: Sequence[Outer | Rows], fused: bool) -> dict[fx.Node, Outer]:
+    """Products in the orientation of their use, by use. A convolution's are those of its input's patches (``fused``); on a CPU
+    its own weight gradient is faster."""
     found: dict[fx.Node, Outer] = {}
     for factor, term in zip(plan.factors, terms, strict=True):
-        if isinstance(term, Outer):
+        if isinstance(term, Outer) and (fused or not is_convolution(factor)):
             found[factor.use.node] = Outer(term.a_btd, term.g_btp) if factor.swapped else term
     return found
 
@@ -258,6 +272,11 @@ def _weighted_sum(dense: Tensor, factors: Tensor) -> Tensor:
     weighted = torch.where(c != 0, w * c, 0)
     total = weighted[0] if isinstance(dense.shape[0], int) and dense.shape[0] == 1 else weighted.sum(0)
     return torch.view_as_complex(total) if dense.is_complex() else total
+
+
+def _reduced_later(gradient: ParameterGradient) -> bool:
+    """Whether ranks reduce the clipped sum together: then the noise must not come before that."""
+    return gradient.reduced is not None and bool(gradient.reduced.way)
 
 
 def _noised(gradient: ParameterGradient, total: Tensor, release: Release, sizes: Sizes) -> Tensor:

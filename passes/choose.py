@@ -40,11 +40,13 @@ class Way:
 
 @dataclass(frozen=True)
 class Decision:
-    """``chosen[i]``: index of gradient i's way. ``over``: bytes by which the best choice still exceeds the budget."""
+    """``chosen[i]``: index of gradient i's way. ``over``: bytes by which the best choice still exceeds the budget. ``excess``: the
+    same, negative where that many bytes are left."""
 
     chosen: tuple[int, ...]
     seconds: float
     over: float
+    excess: float = 0.0
 
 
 def choose(ways: Sequence[Sequence[Way]], moments: Sequence[int], room: Sequence[float]) -> Decision:
@@ -56,11 +58,12 @@ def choose(ways: Sequence[Sequence[Way]], moments: Sequence[int], room: Sequence
         room: bytes that may be held at each moment; empty: as many as one likes.
     """
     fastest = tuple(min(range(len(own)), key=lambda j: (own[j].seconds, own[j].held)) for own in ways)
-    if _excess(ways, fastest, moments, room) <= 0:
-        return Decision(fastest, _seconds(ways, fastest), 0.0)
+    if (excess := _excess(ways, fastest, moments, room)) <= 0:
+        return Decision(fastest, _seconds(ways, fastest), 0.0, excess)
     least = _solve(ways, moments, room, over=None)
     chosen = _solve(ways, moments, room, over=max(0.0, _excess(ways, least, moments, room)))
-    return Decision(chosen, _seconds(ways, chosen), max(0.0, _excess(ways, chosen, moments, room)))
+    excess = _excess(ways, chosen, moments, room)
+    return Decision(chosen, _seconds(ways, chosen), max(0.0, excess), excess)
 
 
 def _seconds(ways: Sequence[Sequence[Way]], chosen: Sequence[int]) -> float:
@@ -115,6 +118,10 @@ def _solve(ways: Sequence[Sequence[Way]], moments: Sequence[int], room: Sequence
     if implied:
         constraints.append(LinearConstraint(np.array(implied), 0, np.inf))
     integrality = np.append(np.ones(len(pairs)), np.zeros(len(values) + 1))
-    found = milp(cost, integrality=integrality, bounds=Bounds(0, upper), constraints=constraints, options={"mip_rel_gap": 0.0})
+    for presolve in (True, False):  # HiGHS 1.12 gives up on some problems ("Solve error") that it solves without its presolve
+        options = {"mip_rel_gap": 0.0, "presolve": presolve}
+        found = milp(cost, integrality=integrality, bounds=Bounds(0, upper), constraints=constraints, options=options)
+        if found.x is not None:
+            break
     assert found.x is not None, "some choice always exists: the excess is free, or one was found that has this excess"
     return tuple(max((found.x[c], -j, j) for c, (k, j) in enumerate(pairs) if k == i)[2] for i in range(len(ways)))

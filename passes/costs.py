@@ -124,9 +124,10 @@ def dense_norm_and_sum(batch: Expr, size: Expr) -> tuple[Kernel, Kernel]:
 
 
 def scaled_sum(product: Product) -> tuple[Kernel, ...]:
-    """The clipped sum as one product whose operand G is scaled."""
+    """The clipped sum as one product of which the smaller operand is scaled, a chunk at a time."""
     total = Kernel(product.summed().flops, product.operands + WIDE * product.weight, product.dtype)
-    return Kernel(traffic=2 * WIDE / product.dtype.itemsize * product.operands), total
+    smaller = product.batch * product.length * sympy.Min(product.p, product.d)
+    return Kernel(traffic=(product.dtype.itemsize + WIDE) * smaller), total
 
 
 def gram_norm(product: Product) -> tuple[Kernel, ...]:

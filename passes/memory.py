@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
+import sympy
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
@@ -29,12 +30,14 @@ Number = Callable[[Expr], float]
 class Timeline:
     """``alive[t]``: bytes held while the backward's t-th node runs, parameter gradients left out.
 
-    ``peak``: the most that the non-private step holds at once, gradients included. ``order``: node name -> its moment.
-    ``died``: node name -> moment after which nobody needs its memory; a name that is missing has none of its own.
+    ``peak``: the most that the non-private step holds at once, gradients included. ``gradients``: bytes of all of them.
+    ``order``: node name -> its moment.
+    ``died``: name of the node that owns memory -> moment after which nobody needs it; a name that is missing has none of its own.
     """
 
     alive: tuple[float, ...]
     peak: float
+    gradients: float
     order: dict[str, int] = field(repr=False)
     died: dict[str, int] = field(repr=False)
     bytes_of: dict[str, float] = field(repr=False)
@@ -53,18 +56,45 @@ class Timeline:
 def timeline(graph: fx.Graph, gradients: Iterable[fx.Node], number: Number) -> Timeline:
     """Walks the non-private step that ``graph``, a joint graph, would become. ``number`` gives symbolic sizes a value."""
     backward = _compat.partitioned_backward(_copied(graph))
-    leaving = {node.name for node in gradients}
-    nodes = list(backward.nodes)
-    owners = _owners(nodes)
-    sizes = {node.name: _bytes(node, number) for node in nodes}
-    born, died = _lifetimes(nodes, owners, leaving)
+    wanted = {node.name for node in gradients}
+    nodes = _scheduled(list(backward.nodes))
+    joint = {node.name: owner_of(node) for node in graph.nodes}
+    owners = _owners(nodes, joint)
+    # The forward may save a view: what stays in memory is all that the view shows a part of.
+    names = {node: joint[node.name].name if node.op == "placeholder" else node.name for node in nodes}
+    sizes = {names[node]: _bytes(joint[node.name] if node.op == "placeholder" else node, number) for node in nodes}
+    born, died = _lifetimes(nodes, owners, names)
+    leaving = {names[owners[node]] for node in nodes if node.name in wanted}
     alive, with_gradients = [0.0] * len(nodes), [0.0] * len(nodes)
     for name, start in born.items():
         for t in range(start, len(nodes) if name in leaving else died[name] + 1):
             with_gradients[t] += sizes[name]
             alive[t] += 0.0 if name in leaving else sizes[name]
     order = {node.name: t for t, node in enumerate(nodes)}
-    return Timeline(tuple(alive), max(with_gradients, default=0.0), order, died, sizes)
+    gradient_bytes = sum(sizes[name] for name in leaving)
+    return Timeline(tuple(alive), max(with_gradients, default=0.0), gradient_bytes, order, died, sizes)
+
+
+def _scheduled(nodes: list[fx.Node]) -> list[fx.Node]:
+    """What leads to a single output, as a weight's gradient does, runs as soon as it can: it lets its operands go, and Inductor
+    orders by memory."""
+    leads_to: dict[fx.Node, set[fx.Node]] = {node: set() for node in nodes}
+    for node in reversed(nodes):
+        for arg in node.all_input_nodes:
+            leads_to[arg] |= {arg} if node.op == "output" else leads_to[node]
+    missing = {node: len(node.all_input_nodes) for node in nodes}
+    order: dict[fx.Node, None] = {}
+    for node in nodes:
+        ready = [node]
+        while ready:
+            if (now := ready.pop()) in order:
+                continue
+            order[now] = None
+            for user in now.users:
+                missing[user] -= 1
+                if not missing[user] and user.op != "output" and len(leads_to[user]) == 1:
+                    ready.append(user)
+    return list(order)
 
 
 def _copied(graph: fx.Graph) -> fx.GraphModule:
@@ -108,35 +138,55 @@ def is_view(node: fx.Node) -> bool:
     )
 
 
-def _owners(nodes: list[fx.Node]) -> dict[fx.Node, fx.Node]:
-    """The node whose memory a view shows; every other node owns its own."""
+def _owners(nodes: list[fx.Node], joint: Mapping[str, fx.Node]) -> dict[fx.Node, fx.Node]:
+    """The node whose memory a node shows: for what the forward saved, the first saved value with the same owner there."""
     owners: dict[fx.Node, fx.Node] = {}
+    saved: dict[fx.Node, fx.Node] = {}
     for node in nodes:
         source = node.args[0] if node.args else None
-        owners[node] = owners[source] if is_view(node) and isinstance(source, fx.Node) else node
+        if node.op == "placeholder":
+            owners[node] = saved.setdefault(joint[node.name], node)
+        else:
+            owners[node] = owners[source] if is_view(node) and isinstance(source, fx.Node) else node
     return owners
 
 
-def _lifetimes(nodes: list[fx.Node], owners: dict[fx.Node, fx.Node], leaving: set[str]) -> tuple[dict[str, int], dict[str, int]]:
+def _lifetimes(
+    nodes: list[fx.Node], owners: dict[fx.Node, fx.Node], names: Mapping[fx.Node, str]
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Name of what owns memory -> moment at which it is made, and moment after which nobody needs it."""
     order = {node: t for t, node in enumerate(nodes)}
     stored = {owners[arg] for node in nodes if reads_memory(node) for arg in node.all_input_nodes}
     stored |= {node for node in nodes if reads_memory(node) and node.op != "output"}
-    given = {node for node in nodes if node.op == "placeholder" and not _is_input(node)}
+    given = {owners[node] for node in nodes if node.op == "placeholder"}
     last = dict(order)
     for node in reversed(nodes):
         # A fused node runs where its last reader runs, so its own operands live until then.
         until = last[node] if owners[node] is node and node not in stored else order[node]
         for arg in node.all_input_nodes:
             owner = owners[arg]
-            last[owner] = max(last[owner], until if owners[node] is node else last[owners[node]])
-    kept = {node for node in stored | given if isinstance(node.meta.get("val"), Tensor) and not _is_input(node)}
-    born = {node.name: 0 if node in given else order[node] for node in kept}
-    return born, {node.name: last[node] for node in kept}
+            end = until if owners[node] is node else last[owners[node]]
+            last[owner] = max(last[owner], end - 1 if _in_place(node, owner, stored) else end)
+    own = [node for node in stored | given if isinstance(node.meta.get("val"), Tensor) and not _is_input(names[node])]
+    born = {names[node]: 0 if node in given else order[node] for node in own}
+    return born, {names[node]: last[node] for node in own}
 
 
-def _is_input(node: fx.Node) -> bool:
+def _in_place(node: fx.Node, operand: fx.Node, stored: set[fx.Node]) -> bool:
+    """Whether an element-wise node that is stored may take over the memory of an operand of its size."""
+    if node not in stored or reads_memory(node) or node.op == "placeholder":
+        return False
+    value, given = node.meta.get("val"), operand.meta.get("val")
+    return isinstance(value, Tensor) and isinstance(given, Tensor) and _size(value) == _size(given) and value.dtype == given.dtype
+
+
+def _size(value: Tensor) -> Expr:
+    return sympy.Mul(*(expression(size) for size in value.shape))
+
+
+def _is_input(name: str) -> bool:
     """Parameters, inputs and tangents: not the step's own memory."""
-    return node.op == "placeholder" and node.name.startswith(("primals", "tangents"))
+    return name.startswith(("primals", "tangents"))
 
 
 def _bytes(node: fx.Node, number: Number) -> float:

@@ -62,7 +62,8 @@ class ParameterPlan:
 @dataclass(frozen=True)
 class Plan:
     """The decision for a graph. ``peak``, ``step``: predicted bytes and seconds of the non-private step; ``budget``: bytes that
-    the private one may take, ``over``: bytes by which the best choice still exceeds it. Zero where nothing had to be decided."""
+    the private one may take, ``over``: bytes by which the best choice still exceeds it, ``private_peak``: what it is predicted to
+    take. Zero where nothing had to be decided."""
 
     parameters: tuple[ParameterPlan, ...]
     peaks: Peaks | None = None
@@ -70,6 +71,7 @@ class Plan:
     peak: float = 0.0
     budget: float = 0.0
     over: float = 0.0
+    private_peak: float = 0.0
 
     @property
     def ratio(self) -> float | None:
@@ -108,7 +110,11 @@ def plan_gradients(graph: fx.Graph, gradients: list[ParameterGradient], spec: Gr
             considered,
         )
     step = step_seconds(graph, peaks, number)
-    return Plan(tuple(plans[g.name] for g in gradients), peaks, step, line.peak if line else 0.0, budget, decided.over)
+    parameters = tuple(plans[g.name] for g in gradients)
+    if line is None:
+        return Plan(parameters, peaks, step)
+    private_peak = max(budget + decided.excess, line.gradients)
+    return Plan(parameters, peaks, step, line.peak, budget, decided.over, private_peak)
 
 
 def _without_choice(gradient: ParameterGradient, ctx: Context) -> ParameterPlan | None:

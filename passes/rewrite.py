@@ -59,7 +59,11 @@ def _drop_unused_outputs(graph: fx.Graph) -> None:
         node.update_arg(10, [bool(wanted) and i in read for i, wanted in enumerate(node.args[10])])
 
 
-_NOISE = (torch.ops.flashnorm.add_noise.default, torch.ops.flashnorm.weighted_sums_noise.default)
+_NOISE = (
+    torch.ops.flashnorm.add_noise.default,
+    torch.ops.flashnorm.weighted_sum_noise.default,
+    torch.ops.flashnorm.weighted_sums_noise.default,
+)
 
 
 def _check_released(graph: fx.Graph, spec: GraphSpec, plans: list[ParameterPlan]) -> None:

@@ -136,5 +136,5 @@ def _ghost(gradient: ParameterGradient, factors: tuple[Factor, ...], product: Pr
 
 def _flash(gradient: ParameterGradient, factors: tuple[Factor, ...], product: Product) -> Way:
     """Products per sample that are squared and added as they are made; then the sum from scaled operands."""
-    norm = (product.per_sample(), Kernel(traffic=product.dense_bytes))
+    norm = (product.per_sample(), Kernel(traffic=product.dense_bytes), Kernel(traffic=product.operands))
     return Way("flash", Cost(norm + scaled_sum(product), (product.summed(),), ZERO), factors, _kept(gradient))

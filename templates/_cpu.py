@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import platform
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,7 +22,28 @@ TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 # the vectorizer is what makes the kernel fast.
 _FLAGS = ("-ftree-loop-vectorize", "-ffp-contract=fast", "-fno-math-errno")
 
-NoiseKernel = Callable[[int, int, int, int, int, float, int, int, int], None]
+# The processor's widest vectors, which GCC leaves aside by default: noise then costs a sixth less.
+_WIDE_VECTORS = ("-mprefer-vector-width=512",) if platform.machine().lower() in ("x86_64", "amd64") else ()
+
+_POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+_SIGNATURES = {
+    "flashnorm_add_noise": (_POINTER, _POINTER, _SIZE, _POINTER, _INT, _FLOAT, _INT, _INT, _INT),
+    "flashnorm_weighted_sum_noise": (
+        _POINTER, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _INT, _FLOAT, _INT, _INT, _INT,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class NoiseKernels:
+    """The functions of noise_cpu.cpp; pointers are passed as integers.
+
+    ``add_noise(out, in, n, words, count, std, in_type, out_type, threads)``
+    ``weighted_sum_noise(out, w, batch, stride, factors, n, words, count, std, in_type, out_type, threads)``
+    """
+
+    add_noise: Callable[..., None]
+    weighted_sum_noise: Callable[..., None]
 
 
 def _cpu_name() -> str:
@@ -32,15 +55,15 @@ def _cpu_name() -> str:
 
 
 @functools.cache
-def noise_kernel() -> NoiseKernel | None:
-    """``flashnorm_add_noise(out, in, n, words, word_count, std, in_type, out_type, threads)``, or None without a compiler.
+def noise_kernels() -> NoiseKernels | None:
+    """The C++ kernels, or None without a compiler.
 
     Compiles on the first call on a machine (about two seconds), then loads from Inductor's cache folder, whose file
-    locks make that safe for several processes. Pointers are passed as integers.
+    locks make that safe for several processes.
     """
     source = Path(__file__).with_name("noise_cpu.cpp").read_text(encoding="utf-8")
     try:
-        library = CppCodeCache.load(f"// Processor: {_cpu_name()}\n{source}", extra_flags=_FLAGS)
+        library = CppCodeCache.load(f"// Processor: {_cpu_name()}\n{source}", extra_flags=(*_FLAGS, *_WIDE_VECTORS))
     except (RuntimeError, OSError) as error:
         log.warning(
             "The C++ noise kernel could not be built (%s). Noise is drawn by a PyTorch implementation instead: as "
@@ -48,17 +71,7 @@ def noise_kernel() -> NoiseKernel | None:
             error,
         )
         return None
-    function = library.flashnorm_add_noise
-    function.restype = None
-    function.argtypes = [
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-        ctypes.c_int64,
-        ctypes.c_void_p,
-        ctypes.c_int,
-        ctypes.c_float,
-        ctypes.c_int,
-        ctypes.c_int,
-        ctypes.c_int,
-    ]
-    return function
+    functions = [getattr(library, name) for name in _SIGNATURES]
+    for function, signature in zip(functions, _SIGNATURES.values(), strict=True):
+        function.restype, function.argtypes = None, signature
+    return NoiseKernels(*functions)

@@ -55,7 +55,7 @@ from ._triton import (
 )
 
 aten = torch.ops.aten
-_CPU_CHUNK = 1 << 24  # elements of each operand that the ATen form copies at a time
+_CPU_CHUNK = 1 << 20  # elements of each operand that the ATen form copies at a time: few enough to stay in a cache
 
 
 @jit

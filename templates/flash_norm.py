@@ -45,7 +45,7 @@ from ._triton import (
     tl,
 )
 
-_CPU_CHUNK = 1 << 24  # elements of operands or product that the ATen form holds at a time
+_CPU_CHUNK = 1 << 20  # elements of operands or product that the ATen form holds at a time: few enough to stay in a cache
 
 
 @jit

@@ -30,7 +30,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from flashnorm_compile.templates._cpu import TYPE_CODES, noise_kernel
+from flashnorm_compile.templates._cpu import TYPE_CODES, noise_kernels
 from torch import Tensor
 from torch._inductor import ir
 from torch._inductor.fx_passes.reinplace import InplaceableOp, inplaceable_ops
@@ -134,11 +134,17 @@ def triton_kernels() -> ModuleType | None:
 
 def _launch(out: Tensor, value: Tensor, keys: Tensor, std: float, row: int) -> None:
     """Run the C++ kernel from ``value`` into ``out``: contiguous, of TYPE_CODES, one buffer or disjoint ones."""
-    kernel = noise_kernel()
-    assert kernel is not None
-    words = keys.data_ptr() + row * keys.stride(0) * keys.element_size()
+    kernels = noise_kernels()
+    assert kernels is not None
     types = TYPE_CODES[value.dtype], TYPE_CODES[out.dtype]
-    kernel(out.data_ptr(), value.data_ptr(), value.numel(), words, keys.shape[1], std, *types, torch.get_num_threads())
+    words = words_of(keys, row)
+    kernels.add_noise(out.data_ptr(), value.data_ptr(), value.numel(), *words, std, *types, torch.get_num_threads())
+
+
+def words_of(keys: Tensor, row: int) -> tuple[int, int]:
+    """Address and number of a row's words, for the C++ kernels. The words of a row are contiguous."""
+    assert keys.stride(1) == 1
+    return keys.data_ptr() + row * keys.stride(0) * keys.element_size(), keys.shape[1]
 
 
 def _add_noise_cpu(value: Tensor, keys: Tensor, std: Tensor, row: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -147,7 +153,7 @@ def _add_noise_cpu(value: Tensor, keys: Tensor, std: Tensor, row: int, dtype: to
     scale = std.item()
     if scale == 0:
         return value.to(dtype, copy=True, memory_format=torch.contiguous_format)
-    if noise_kernel() is None:
+    if noise_kernels() is None:
         return reference_add_noise(value, keys, std, row, dtype)
     if value.dtype not in TYPE_CODES:
         value = value.float()
@@ -161,7 +167,7 @@ def _add_noise_cpu_(value: Tensor, keys: Tensor, std: Tensor, row: int) -> Tenso
     scale = std.item()
     if scale == 0:
         return value
-    if value.dtype in TYPE_CODES and value.is_contiguous() and keys.stride(1) == 1 and noise_kernel() is not None:
+    if value.dtype in TYPE_CODES and value.is_contiguous() and keys.stride(1) == 1 and noise_kernels() is not None:
         _launch(value, value, keys, scale, row)
         return value
     return value.copy_(_add_noise_cpu(value, keys, std, row))

@@ -1,4 +1,5 @@
-// Gaussian noise for flashnorm::add_noise on a CPU: out[i] = in[i] + std * z[i], one pass over memory.
+// Gaussian noise for flashnorm::add_noise and flashnorm::weighted_sum_noise on a CPU, one pass over memory:
+// out[i] = in[i] + std * z[i], and out[i] = sum_b c[b] * w[b][i] + std * z[i].
 //
 // z[4b .. 4b+3] are the four normals of Philox4x32-10 at counter (b, stream) under `key`: words (0, 1) and (2, 3) are
 // one Box-Muller pair each, computed in float32. z therefore depends on (key, stream, index), not on threads or sizes.
@@ -11,12 +12,13 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <vector>
 
 namespace {
 
 constexpr int kLanes = 32;
 constexpr int kGroup = 4 * kLanes;  // normals from one group of counters
-constexpr int64_t kTile = 1024;     // normals generated before they are added: 4 KiB
+constexpr int64_t kTile = 4096;     // normals generated before they are added: 16 KiB
 constexpr int64_t kGrain = 16384;   // elements that are worth one more thread
 
 // Element i of the value is element first + i / width * pitch + i % width of the whole tensor.
@@ -167,6 +169,74 @@ void add_noise(void* out_ptr, const void* in_ptr, int64_t n, uint64_t key, uint6
   }
 }
 
+// A sample that counts, and its factor.
+struct Sample {
+  int64_t index;
+  float factor;
+};
+
+// total[j] = sum over `live` of factor * w[index * stride + j]. Samples are added in their order; four of them at a time, so
+// that as many streams are read at once and the total is passed over less often.
+template <class Acc, class In>
+inline void add_samples(Acc* __restrict total, const In* w, const std::vector<Sample>& live, int64_t stride, int64_t count) {
+  for (int64_t j = 0; j < count; ++j) total[j] = 0;
+  size_t s = 0;
+  for (; s + 4 <= live.size(); s += 4) {
+    const In *w0 = w + live[s].index * stride, *w1 = w + live[s + 1].index * stride;
+    const In *w2 = w + live[s + 2].index * stride, *w3 = w + live[s + 3].index * stride;
+    const Acc c0 = live[s].factor, c1 = live[s + 1].factor, c2 = live[s + 2].factor, c3 = live[s + 3].factor;
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) {
+      total[j] = (((total[j] + c0 * load(w0[j])) + c1 * load(w1[j])) + c2 * load(w2[j])) + c3 * load(w3[j]);
+    }
+  }
+  for (; s < live.size(); ++s) {
+    const In* own = w + live[s].index * stride;
+    const Acc factor = live[s].factor;
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) total[j] += factor * load(own[j]);
+  }
+}
+
+// A sample whose factor is 0 is not read.
+template <class In, class Out>
+void weighted_sum_noise(void* out_ptr, const void* w_ptr, int64_t batch, int64_t stride, const float* factors, int64_t n,
+                        uint64_t key, uint64_t stream, const Part& part, float level, int threads) {
+  using Acc = decltype(load(In{}));
+  Out* out = static_cast<Out*>(out_ptr);
+  const In* w = static_cast<const In*>(w_ptr);
+  const Acc scale = level;
+  std::vector<Sample> live;
+  for (int64_t b = 0; b < batch; ++b) {
+    if (factors[b] != 0) live.push_back({b, factors[b]});
+  }
+  const int64_t useful = (n * (batch + 1) + kGrain - 1) / kGrain;
+  const int team = static_cast<int>(useful < threads ? useful : threads);
+#pragma omp parallel for schedule(static) num_threads(team) if (team > 1)
+  for (int64_t start = 0; start < n; start += kTile) {
+    alignas(64) float z[kTile];
+    alignas(64) Acc total[kTile];
+    const int64_t count = n - start < kTile ? n - start : kTile;
+    add_samples(total, w + start, live, stride, count);
+    if (level != 0) {
+      tile_normals(z, start, count, part, key, stream);
+#pragma omp simd
+      for (int64_t j = 0; j < count; ++j) total[j] += scale * static_cast<Acc>(z[j]);
+    }
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) out[start + j] = store<Out>(total[j]);
+  }
+}
+
+using SumKernel = void (*)(void*, const void*, int64_t, int64_t, const float*, int64_t, uint64_t, uint64_t, const Part&, float,
+                           int);
+
+constexpr SumKernel kSumKernels[3][3] = {
+    {weighted_sum_noise<float, float>, weighted_sum_noise<float, bfloat16>, weighted_sum_noise<float, double>},
+    {weighted_sum_noise<bfloat16, float>, weighted_sum_noise<bfloat16, bfloat16>, weighted_sum_noise<bfloat16, double>},
+    {weighted_sum_noise<double, float>, weighted_sum_noise<double, bfloat16>, weighted_sum_noise<double, double>},
+};
+
 using Kernel = void (*)(void*, const void*, int64_t, uint64_t, uint64_t, const Part&, float, int);
 
 // Rows: type of the input; columns: type of the output; both in the order of TYPE_CODES in _cpu.py.
@@ -185,4 +255,13 @@ extern "C" void flashnorm_add_noise(void* out, const void* in, int64_t n, const 
   Part part = {0, INT64_MAX, 0};
   if (count == 5) std::memcpy(&part, words + 2, sizeof(part));
   kKernels[in_type][out_type](out, in, n, words[0], words[1], part, std, threads);
+}
+
+// w: `batch` blocks of n contiguous elements, `stride` elements from one to the next; factors: one for each; the rest as above.
+extern "C" void flashnorm_weighted_sum_noise(void* out, const void* w, int64_t batch, int64_t stride, const float* factors,
+                                             int64_t n, const uint64_t* words, int count, float std, int in_type,
+                                             int out_type, int threads) {
+  Part part = {0, INT64_MAX, 0};
+  if (count == 5) std::memcpy(&part, words + 2, sizeof(part));
+  kSumKernels[in_type][out_type](out, w, batch, stride, factors, n, words[0], words[1], part, std, threads);
 }

@@ -13,7 +13,9 @@
 Both move the least bytes possible: W once, the result once. Against a sum and an ``add_noise`` after it, the fused form saves the
 write and the read of the float32 sum, 8 * n bytes. ``weighted_sum`` is Inductor's own reduction, on every device, so that it fuses
 with what surrounds it. ``weighted_sum_noise`` is one kernel on a GPU (persistent grid; tile: 4 * COUNTERS neighbouring elements,
-over all samples; float32 sums, in the samples' order), and on a CPU a sum that is noised in place.
+over all samples; float32 sums, in the samples' order), and one on a CPU (noise_cpu.cpp; tiles of 4096 elements). It is called
+for one parameter after another, so that the gradients of one are free before the sum of the next is allocated: Inductor would put
+all sums into one loop nest, with every operand and every result alive.
 
 Legend: B samples, n elements of the parameter.
 """
@@ -25,11 +27,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._inductor import ir
-from torch._inductor.lowering import lowerings, register_lowering
+from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
 
 from . import _lowering as lowering
 from . import noise
 from ._clip_factor import check_factors
+from ._cpu import TYPE_CODES, noise_kernels
 from ._triton import HAS_TRITON, KERNEL_DTYPES
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -62,6 +65,25 @@ def weighted_sum_noise_aten(
     if dtype in (None, total.dtype):
         return torch.ops.flashnorm.add_noise_(total, keys, std, row)
     return torch.ops.flashnorm.add_noise(total, keys, std, row, dtype)
+
+
+def weighted_sum_noise_cpu(
+    w_bn: Tensor, factors_b: Tensor, keys: Tensor, std: Tensor, row: int, dtype: torch.dtype | None = None
+) -> Tensor:
+    """One C++ kernel where each sample's elements are contiguous; else the sum, and noise after it."""
+    _check(w_bn, factors_b)
+    noise.check_arguments(w_bn, keys, std, row)
+    kernels = noise_kernels()
+    dtype = dtype or torch.promote_types(w_bn.dtype, torch.float32)
+    out = torch.empty(w_bn.shape[1:], dtype=dtype if dtype in TYPE_CODES else torch.float32)
+    if kernels is None or w_bn.dtype not in TYPE_CODES or keys.stride(1) != 1 or w_bn.stride()[1:] != out.stride():
+        return weighted_sum_noise_aten(w_bn, factors_b, keys, std, row, dtype)
+    words, factors = noise.words_of(keys, row), factors_b.contiguous()
+    kernels.weighted_sum_noise(
+        out.data_ptr(), w_bn.data_ptr(), w_bn.shape[0], w_bn.stride(0), factors.data_ptr(), out.numel(), *words,
+        std.item(), TYPE_CODES[w_bn.dtype], TYPE_CODES[out.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return out.to(dtype)
 
 
 def weighted_sum_noise_cuda(
@@ -122,6 +144,7 @@ _library.define(
 )
 _library.impl("weighted_sum", weighted_sum_aten, "CompositeExplicitAutograd")
 _library.impl("weighted_sum_noise", weighted_sum_noise_aten, "CompositeExplicitAutograd")
+_library.impl("weighted_sum_noise", weighted_sum_noise_cpu, "CPU")
 if HAS_TRITON:
     _library.impl("weighted_sum_noise", weighted_sum_noise_cuda, "CUDA")
 torch.library.register_fake("flashnorm::weighted_sum", _fake_weighted_sum, lib=_library)
@@ -139,7 +162,15 @@ def _lower_weighted_sum(w: Any, factors: Any) -> Any:
     return lowerings[aten.sum.dim_IntList](select(lowerings[aten.ne.Scalar](factors, 0), weighted, zero), [0])
 
 
+_by_call = fallback_handler(torch.ops.flashnorm.weighted_sum_noise.default, add_to_fallback_set=False)
+
+
 def _lower_weighted_sum_noise(w: Any, factors: Any, keys: Any, std: Any, row: int, dtype: torch.dtype | None = None) -> Any:
+    if w.get_device().type == "cpu":
+        w = ir.ExternKernel.realize_input(w)
+        w.freeze_layout()
+        if ir.is_contiguous_strides_for_shape(w.get_stride()[1:], w.get_size()[1:]):
+            return _by_call(w, factors, keys, std, row, dtype)
     kernels = noise.triton_kernels() if w.get_device().type == "cuda" else None
     if not kernels or w.get_dtype() not in KERNEL_DTYPES:
         total = _lower_weighted_sum(w, factors)

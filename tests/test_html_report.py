@@ -76,8 +76,8 @@ class Tagger(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-1)
 
 
-def page_of(model: Any, *inputs: Any, title: str = "a model") -> tuple[str, Page]:
-    text = report_page(*record(model, inputs, options=OPTIONS), title)
+def page_of(model: Any, *inputs: Any, title: str = "a model", **options: Any) -> tuple[str, Page]:
+    text = report_page(*record(model, inputs, options=OPTIONS | options), title)
     return text, Page(text)
 
 
@@ -133,7 +133,7 @@ def test_graph_holds_every_node_with_type_module_and_mark(tagged: tuple[str, Pag
         return {data["modules"][row[5]] for row in wanted}
 
     added, removed = 2, 3
-    assert where("flashnorm.add_noise", added) == {"embed", "blocks.0", "blocks.1"}
+    assert where("flashnorm.weighted_sum_noise", added) | where("flashnorm.add_noise", added) == {"embed", "blocks.0", "blocks.1"}
     assert {"blocks.0", "blocks.1"} <= where("aten.mm", removed), "the summed weight gradients are gone"
     assert data["classes"]["blocks.1"] == "Linear"
     assert {"PerSample(dim=0)", "SampleSum", "Public"} <= set(data["kinds"])
@@ -142,14 +142,15 @@ def test_graph_holds_every_node_with_type_module_and_mark(tagged: tuple[str, Pag
     assert {"embed.weight", "blocks.0.bias"} <= labels
     parts = {(data["parts"][row[8]], data["parameters"][row[9]]) for row in rows.values() if row[8] >= 0}
     names = ("embed.weight", *(f"blocks.{i}.{kind}" for i in range(2) for kind in ("weight", "bias")))
-    assert {(part, name) for part in ("per-sample norm", "clipped sum", "noise") for name in names} <= parts
+    assert {("per-sample norm", name) for name in names} <= parts
+    assert {name for part, name in parts if part in ("noise", "clipped sum and noise")} == set(names)
     assert ("clip factors", "") in parts
 
 
 def test_operators_of_a_gpu_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """There, stored gradients are summed and noised at once; each part still has its parameter."""
     monkeypatch.setattr(kernels, "fused", lambda *_: True)
-    _, page = page_of(Tagger(), torch.randint(50, (4, 6)), torch.randint(50, (4, 6)))
+    _, page = page_of(Tagger(), torch.randint(50, (4, 6)), torch.randint(50, (4, 6)), norm_algorithm="materialize")
     data = page.data()
     rows = [row for row in data["nodes"] if row[8] >= 0]
     parts = [(data["operators"][row[3]], data["parts"][row[8]], data["parameters"][row[9]]) for row in rows]
@@ -291,9 +292,14 @@ def test_browser_draws_a_module_when_it_is_opened(gpt2_page: tuple[str, Page], t
     assert "blocks" in closed.ids["tree"]
     assert "aten." not in closed.ids["tree"], "no node is drawn before its module is opened"
     tree = Page(in_browser(text, tmp_path, OPEN)).ids["tree"]
-    for shown in ("qkv Linear", "aten.addmm.default", "PerSample(dim=0, inner=1024)", "added: noise of blocks.3.qkv.weight"):
+    for shown in (
+        "qkv Linear",
+        "aten.addmm.default",
+        "PerSample(dim=0, inner=1024)",
+        "added: clipped sum and noise of blocks.3.qkv.weight",
+    ):
         assert shown in tree
-    assert tree.count("flashnorm.add_noise") == 2, "weight and bias of this one layer"
+    assert tree.count("flashnorm.weighted_sum_noise") == 2, "weight and bias of this one layer"
 
 
 @needs_browser

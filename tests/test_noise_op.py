@@ -67,7 +67,7 @@ def test_kernel_is_as_accurate_as_pytorch_in_float32() -> None:
 
 
 def test_kernel_is_available_here() -> None:
-    if _cpu.noise_kernel() is None:
+    if _cpu.noise_kernels() is None:
         pytest.skip("no C++ compiler")
 
 
@@ -167,7 +167,7 @@ def boxes() -> Iterator[tuple[tuple[slice, ...], list[int]]]:
 @pytest.mark.parametrize("by_kernel", [True, False], ids=["C++", "PyTorch"])
 def test_parts_get_the_noise_of_the_whole(by_kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not by_kernel:
-        monkeypatch.setattr(noise, "noise_kernel", lambda: None)
+        monkeypatch.setattr(noise, "noise_kernels", lambda: None)
     value = torch.linspace(-1, 1, 37 * 60).view(37, 10, 6)
     whole = ops.add_noise(value, KEYS, torch.tensor(0.5), 1)
     for index, words in boxes():
@@ -245,10 +245,10 @@ def test_without_a_compiler_pytorch_draws_the_same_noise(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(_cpu.CppCodeCache, "load", fail)
     with caplog.at_level(logging.WARNING):
-        assert _cpu.noise_kernel.__wrapped__() is None
+        assert _cpu.noise_kernels.__wrapped__() is None
     assert "no working compiler" in caplog.text
     assert "Install a C++ compiler" in caplog.text
-    monkeypatch.setattr(noise, "noise_kernel", lambda: None)
+    monkeypatch.setattr(noise, "noise_kernels", lambda: None)
     torch.testing.assert_close(ops.add_noise(value, KEYS, ONE, 0), expected, rtol=0, atol=2e-6)
     torch.testing.assert_close(ops.add_noise_(value.clone(), KEYS, ONE, 0), expected, rtol=0, atol=2e-6)
 

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from flashnorm_compile.passes import peaks
 from flashnorm_compile.passes.choose import Decision, Kept, Way, choose
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import flashnorm_compile
+from benchmarks.timing import peak_tensor_bytes
 
 OPTIONS: dict[str, Any] = {"max_grad_norm": 1.0, "noise_multiplier": 0.0}
 
@@ -107,6 +110,14 @@ def test_alternatives_are_shown_with_their_costs() -> None:
     assert report["predicted_ratio"] > 1
 
 
+def test_what_the_private_step_takes_is_predicted_and_stays_within_the_budget() -> None:
+    model, x = Stack(96, 3), torch.randn(6, 160, 96)
+    report = explained(model, x, memory_budget=1.25)
+    taken = report["predicted_private_peak_bytes"] / report["predicted_peak_bytes"]
+    assert 0.9 < taken <= 1.25
+    assert taken < explained(model, x, memory_budget=100.0)["predicted_private_peak_bytes"] / report["predicted_peak_bytes"] + 1e-9
+
+
 @pytest.mark.parametrize("wanted", ["materialize", "ghost", "flash"])
 def test_an_algorithm_can_be_asked_for(wanted: str) -> None:
     rows = explained(Stack(32, 2), torch.randn(4, 16, 32), norm_algorithm={"layers.0.*": wanted, "*": "auto"})["parameters"]
@@ -125,3 +136,41 @@ def test_an_impossible_algorithm_is_an_error() -> None:
 def test_a_budget_that_means_nothing_is_refused(value: Any) -> None:
     with pytest.raises(flashnorm_compile.OptionsError, match=r"memory_budget must be a float >= 1\.0"):
         flashnorm_compile.explain(nn.Linear(2, 2), torch.randn(2, 2), options=OPTIONS | {"memory_budget": value})
+
+
+class Attention(nn.Module):
+    """Its forward saves views of the weights, and one value under several names."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(2, (3, 4, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        x = x + self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.down(nn.functional.gelu(self.up(x))).square().mean()
+
+
+@pytest.mark.parametrize("model", [Stack(96, 3), Attention(64)], ids=["stack", "attention"])
+def test_the_predicted_peak_is_what_the_non_private_step_takes(model: nn.Module) -> None:
+    x = torch.randn(6, 160, 96 if isinstance(model, Stack) else 64)
+    predicted = explained(model, x)["predicted_peak_bytes"]
+    step = torch.compile(model, dynamic=False)
+
+    def once() -> None:
+        step(x).backward()
+
+    once()
+    model.zero_grad(set_to_none=True)
+    assert predicted == pytest.approx(peak_tensor_bytes(once), rel=0.1)
+
+
+def test_the_device_is_measured_even_while_a_graph_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planning happens in the middle of tracing, where an operator takes no time because nothing is computed."""
+    results: list[Any] = []
+    monkeypatch.setattr(peaks, "_seconds", lambda call, device: results.append(call()) or 1.0)
+    with FakeTensorMode():
+        peaks._best("this machine", torch.device("cpu"))
+    assert results
+    assert not any(isinstance(result, FakeTensor) for result in results)

@@ -18,7 +18,12 @@ SUM = "clipped sum"
 NOISE = "noise"
 SUM_AND_NOISE = "clipped sum and noise"
 PARTS = (PREPARED, NORM, FACTORS, SUM, NOISE, SUM_AND_NOISE)
-_OPERATORS = {"flashnorm.release": FACTORS, "flashnorm.add_noise": NOISE, "flashnorm.weighted_sums_noise": SUM_AND_NOISE}
+_OPERATORS = {
+    "flashnorm.release": FACTORS,
+    "flashnorm.add_noise": NOISE,
+    "flashnorm.weighted_sum_noise": SUM_AND_NOISE,
+    "flashnorm.weighted_sums_noise": SUM_AND_NOISE,
+}
 
 
 @dataclass(frozen=True)
@@ -140,7 +145,7 @@ def _owners(after: Sequence[GraphNode], parts: dict[str, str], parameters: Seque
 
     for node in after:
         lists, part = _lists(node), parts.get(node.name)
-        if part == NOISE and (row := re.match(r"\(\w+, \w+, \w+, (\d+)", node.arguments)):
+        if part in (NOISE, SUM_AND_NOISE) and (row := re.match(r"\((?:\w+, ){3,4}(\d+)", node.arguments)):
             spread(node.name, int(row[1]))
         elif part == SUM_AND_NOISE and len(lists) == 2:
             for gradient, row_number in zip(lists[0], lists[1], strict=True):

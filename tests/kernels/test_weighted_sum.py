@@ -86,7 +86,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ops.weighted_sum_noise(w, torch.ones(3), KEYS, torch.tensor(1.0), 2)
 
 
-def test_inductor_fuses_the_sum_and_noises_it_in_place() -> None:
+def test_inductor_fuses_the_sum_and_calls_one_kernel_for_sum_and_noise() -> None:
     def step(w: Tensor, factors: Tensor, keys: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
         return ops.weighted_sum(w * 2, factors) + 1, ops.weighted_sum_noise(w, factors, keys, std, 1)
 
@@ -94,6 +94,22 @@ def test_inductor_fuses_the_sum_and_noises_it_in_place() -> None:
     inputs = w, factors, KEYS, torch.tensor(0.3)
     with torch._inductor.config.patch(force_disable_caches=True):
         results, (code,) = run_and_get_code(torch.compile(step), *inputs)
-    assert "torch.ops.flashnorm.weighted_sum" not in code
-    assert code.count("flashnorm._add_noise_into.default(") == 1
+        _, (permuted,) = run_and_get_code(torch.compile(lambda *given: step(*given)[1]), w.mT, *inputs[1:])
+    assert "flashnorm.weighted_sum.default(" not in code
+    assert code.count("flashnorm.weighted_sum_noise.default(") == 1
     torch.testing.assert_close(results, step(*inputs), rtol=1e-5, atol=ATOL)
+    # Samples that are not contiguous would be copied for the kernel: Inductor's own sum reads them as they lie.
+    assert permuted.count("flashnorm._add_noise_into.default(") == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_kernel_for_a_cpu_adds_any_number_of_samples(dtype: torch.dtype) -> None:
+    """More samples than it adds at a time, tiles that end early, samples apart from each other, parts of a larger tensor."""
+    parts = torch.cat([KEYS, torch.tensor([[5, 100, 250], [0, 9, 10]])], 1)
+    for batch, size in ((1, 5000), (6, 4097), (11, 33)):
+        w = torch.randn(2 * batch, size).to(dtype)[::2]
+        factors = torch.rand(batch) * (torch.rand(batch) > 0.3)
+        for keys in (KEYS, parts):
+            expected = ops.add_noise(weighted_sum.reference(w, factors), keys, torch.tensor(0.7), 1)
+            found = ops.weighted_sum_noise(w, factors, keys, torch.tensor(0.7), 1, torch.float64)
+            torch.testing.assert_close(found, expected, rtol=RTOL, atol=ATOL)
