@@ -197,6 +197,8 @@ def _tangent_type(ctx: Context, node: fx.Node, graph: fx.Graph) -> SampleType:
                 return found
             if node.meta["val"].numel() == 1:
                 return PUBLIC
+            if isinstance(found, SampleSum) and ctx.batch == 1:
+                return SampleSum(ANY_SCALE)  # of the one sample there is
             return Mixed(
                 value,
                 "an output that has no sample axis is used outside the compiled part, where nothing is known of what happens to it",

@@ -364,6 +364,14 @@ INDEPENDENT: dict[str, Program] = {
         step("v4", "reshape", "v3", sizes=(3, B, 3, 1)),
         step("v5", "mul", "v4", "w1"),
     ),
+    "one sample of which a view hides the axis, the loss outside": program(
+        1,
+        [Input("x", (2, B, 2))],
+        [Param("w0", (2, 2, 2))],
+        step("v0", "bilinear", "x", "x", "w0"),
+        loss_outside=True,
+        clipping="automatic",
+    ),
     "rows of a table plus its transpose": program(
         4,
         [Input("ids", (B,), bound=4)],
