@@ -1,6 +1,7 @@
 """The same quantities as in factors.py and replay.py through the ``flashnorm::`` operators, which are fused kernels on a GPU.
 
-On a CPU Inductor fuses compositions of ATen operators into better code than a call of an operator would be, so they stay there.
+On a CPU Inductor fuses compositions of ATen operators into better code than a call of an operator would be, so they stay there, but
+for the sums: those go through operators one after another, or all their operands would be alive at once.
 """
 
 from __future__ import annotations

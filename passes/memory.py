@@ -59,6 +59,8 @@ def timeline(graph: fx.Graph, gradients: Iterable[fx.Node], number: Number) -> T
     wanted = {node.name for node in gradients}
     nodes = _scheduled(list(backward.nodes))
     joint = {node.name: owner_of(node) for node in graph.nodes}
+    # The partitioner adds inputs of its own: states of random number generators that checkpointing replays.
+    joint |= {node.name: node for node in nodes if node.op == "placeholder" and node.name not in joint}
     owners = _owners(nodes, joint)
     # The forward may save a view: what stays in memory is all that the view shows a part of.
     names = {node: joint[node.name].name if node.op == "placeholder" else node.name for node in nodes}
