@@ -11,6 +11,7 @@ from torch._functorch._aot_autograd import descriptors as aot
 
 from .errors import BatchDimensionError, UnsupportedGraphError
 from .graph_spec import GraphSpec, InputSpec, Role
+from .memory import owner_of
 from .rules import RULES, Context, Result
 from .rules.collectives import is_collective
 from .rules.pointwise import elementwise
@@ -192,7 +193,7 @@ def _tangent_type(ctx: Context, node: fx.Node, graph: fx.Graph) -> SampleType:
         if desc == wanted and isinstance(value, fx.Node):
             found = ctx.type(value)
             if isinstance(found, PerSample):
-                return PerSample(found.axis, ANY_SCALE)
+                return _mixing_view(ctx, value, output) or PerSample(found.axis, ANY_SCALE)
             if isinstance(found, Mixed) and node.meta["val"].numel() != 1:
                 return found
             if node.meta["val"].numel() == 1:
@@ -204,6 +205,26 @@ def _tangent_type(ctx: Context, node: fx.Node, graph: fx.Graph) -> SampleType:
                 "an output that has no sample axis is used outside the compiled part, where nothing is known of what happens to it",
             )
     return Mixed(node, "the gradient of an output that cannot be identified")
+
+
+def _mixing_view(ctx: Context, value: fx.Node, output: fx.Node) -> Mixed | None:
+    """The view by which another output shows ``value`` otherwise than sample by sample, if there is one.
+
+    AOTAutograd makes outputs that are views of one another outside of the graph; their gradients arrive as part of ``value``'s.
+    """
+    if ctx.batch == 1:
+        return None
+    shown = owner_of(value)
+    for other in _flat(output.args[0]):
+        if isinstance(other, fx.Node) and other is not value and owner_of(other) is shown:
+            type_ = ctx.types.get(other)
+            if not isinstance(type_, PerSample):
+                return (
+                    Mixed(type_.origin, type_.why)
+                    if isinstance(type_, Mixed)
+                    else Mixed(other, "a view of an output mixes samples")
+                )
+    return None
 
 
 def _flat(tree: Any) -> list[Any]:

@@ -602,6 +602,15 @@ MIXING: dict[str, Program] = {
         step("m", "permuted", "a", "k", dim=0, effect="mixes"),
         step("n", "mul", "m", "a"),
     ),
+    "a view of an output shows one sample to all, the losses outside": program(
+        3,
+        [Input("ids", (B, 1), bound=4), Input("y", (B, 1, 3))],
+        [Param("w0", (4, 3))],
+        step("v0", "one_hot", "ids", "w0"),
+        step("v1", "one_for_all", "v0", dim=0, which=-1, effect="mixes"),
+        losses=(step("l0", "loss_by_hand", "v1", reduction="mean"), step("l1", "mse", "v0", "y", reduction="mean")),
+        loss_outside=True,
+    ),
     "normalized by the largest number of all": _mixing(3, (B, 2), step("m", "global_scale", "a", effect="mixes")),
 }
 
