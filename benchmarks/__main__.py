@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import torch
@@ -18,7 +16,8 @@ from benchmarks.case import Case, Suite, in_order
 from benchmarks.contenders import BASELINE, CONTENDERS, EAGER, Contender
 from benchmarks.hopper.rows import DryRow
 from benchmarks.row import RESULTS, Row, write
-from benchmarks.runner import DTYPES, Settings, run_case
+from benchmarks.runner import DTYPES, Settings, be_quiet, run_case
+from benchmarks.side_by_side import jobs_of, run_side_by_side
 from benchmarks.suites import SUITES
 from benchmarks.suites.vision import ARCHITECTURES
 
@@ -38,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     console = Console()
-    _be_quiet()
+    be_quiet()
     start = time.monotonic()
     contenders = _contenders(options.contenders)
     names = EVERYTHING if "all" in options.suites else tuple(options.suites)
@@ -78,17 +77,30 @@ def _measure(
         deadline=deadline,
     )
     failed = False
-    for suite, case in plan:
-        console.rule(f"{suite.name}: {case.description}", align="left")
+    title = ""
 
-        def report(row: Row, suite: Suite = suite) -> None:
-            nonlocal failed
-            write([row], folder / f"{suite.name}.json")
-            console.print(_line(row), highlight=False, markup=False, soft_wrap=True)
-            failed = failed or (row.error is not None and row.contender == BASELINE and not row.was_late)
+    def report(row: Row) -> None:
+        nonlocal failed, title
+        write([row], folder / f"{row.suite}.json")
+        if title != (title := f"{row.suite}: {row.description}"):
+            console.rule(title, align="left")
+        console.print(_line(row), highlight=False, markup=False, soft_wrap=True)
+        failed = failed or (row.error is not None and row.contender == BASELINE and not row.was_late)
 
-        run_case(suite.name, case, contenders, settings, report)
+    if options.jobs == 1:
+        for suite, case in plan:
+            run_case(suite.name, case, contenders, settings, report)
+    else:
+        names = [contender.name for contender in contenders]
+        jobs = jobs_of([(suite.name, case) for suite, case in plan], names, options.device)
+        run_side_by_side(jobs, settings, report, options.jobs or _processes(options.device))
     return failed
+
+
+def _processes(device: str) -> int:
+    """Cores for the compilers that each process starts, and memory of the GPU for its model."""
+    cores = os.cpu_count() or 1
+    return max(1, min(6, cores // 2)) if device == "cuda" else min(4, cores)
 
 
 def _judge(contenders: tuple[Contender, ...], device: str, folder: Path, deadline: float, console: Console) -> None:
@@ -109,7 +121,7 @@ def _max_batch(options: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         print("max-batch: this machine has no CUDA device, whose memory could be filled")
         return 2
-    _be_quiet()
+    be_quiet()
     path = (options.out or RESULTS / "cuda" / machine.today()) / max_batch.FILE_NAME
     for row in max_batch.search(options.architectures, _contenders(options.contenders), options.precision):
         max_batch.write([row], path)
@@ -150,7 +162,9 @@ def _dry_run(suites: list[Suite], contenders: tuple[Contender, ...], options: ar
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     deadline = time.monotonic() + 60 * options.minutes
-    found = dry_run(jobs, known=list(rows.values()), processes=options.jobs, deadline=deadline, report=report)
+    found = dry_run(
+        jobs, known=list(rows.values()), processes=options.jobs or os.cpu_count() or 1, deadline=deadline, report=report
+    )
     wanted = sum(len(job.precisions) for job in jobs)
     wide = console if console.is_terminal else Console(width=150)
     wide.print(table(found, wanted))
@@ -189,12 +203,6 @@ def _line(row: Row) -> str:
     )
 
 
-def _be_quiet() -> None:
-    """Peers warn about things that the gate checks; the rows are what counts."""
-    warnings.filterwarnings("ignore")
-    logging.getLogger("flashnorm_compile").setLevel(logging.ERROR)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Runs and reports benchmarks.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -212,7 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--minutes", type=float, default=float("inf"), help="start nothing new after this time")
     run.add_argument("--dry-run", action="store_true", help="generate the CUDA code of every case; needs no GPU")
     run.add_argument("--resume", action="store_true", help="of a dry run: do what its rows do not hold yet, or failed")
-    run.add_argument("--jobs", type=int, default=os.cpu_count(), help="of a dry run: processes (%(default)s)")
+    run.add_argument("--jobs", type=int, help="processes that build and compile side by side (default: by the number of cores)")
 
     largest = commands.add_parser("max-batch", help="the largest physical batch that fits into a GPU's memory")
     largest.set_defaults(command=_max_batch)

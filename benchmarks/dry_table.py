@@ -14,6 +14,7 @@ from benchmarks.contenders import BASELINE, EAGER
 from benchmarks.hopper import peaks_named
 from benchmarks.hopper.budget import (
     LIMIT_MINUTES,
+    SIDE_BY_SIDE,
     START_SECONDS,
     Gate,
     compile_seconds,
@@ -40,13 +41,13 @@ class RunTime:
 
 
 def run_time(rows: Sequence[DryRow], device: str = "H200") -> RunTime:
-    """Of a whole run, one precision of one case after the other."""
+    """Of a whole run."""
     compiling = gate = timing = starting = 0.0
     for group in _groups(rows):
         baseline, eager = _of(group, BASELINE), _of(group, EAGER)
         if baseline is None or baseline.predicted_ms is None:
             continue
-        starting += START_SECONDS
+        starting += START_SECONDS / SIDE_BY_SIDE
         done = [row for row in group if row.predicted_ms is not None]
         seconds = [(row.predicted_ms or 0.0) / 1e3 for row in done]
         timing += sum(timed_seconds(own, baseline.predicted_ms / 1e3) for own in seconds)

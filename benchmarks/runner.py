@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,11 +42,20 @@ class GateError(RuntimeError):
 
 
 Report = Callable[[Row], None]
+Alone = Callable[[], contextlib.AbstractContextManager[object]]
 
 
-def run_case(suite: str, case: Case, contenders: Sequence[Contender], settings: Settings, report: Report) -> None:
+def run_case(
+    suite: str,
+    case: Case,
+    contenders: Sequence[Contender],
+    settings: Settings,
+    report: Report,
+    alone: Alone = contextlib.nullcontext,
+) -> None:
     """Measures every contender in a case at each of its precisions. Each row goes to `report` at once.
 
+    Steps are timed inside of `alone()`, which sees to it that nothing else runs; they have been compiled before.
     Whatever a contender raises becomes its row's error, out-of-memory errors included. Without the baseline no ratio
     exists, so a baseline that fails ends the precision: every other row then tells so.
     """
@@ -53,7 +64,7 @@ def run_case(suite: str, case: Case, contenders: Sequence[Contender], settings: 
         if not runs_on(settings.device, precision):
             continue
         with matmul_precision(precision):
-            _Run(suite, case, precision, settings, report).measure(chosen)
+            _Run(suite, case, precision, settings, report, alone).measure(chosen)
 
 
 def runs_on(device: str, precision: str) -> bool:
@@ -64,8 +75,9 @@ def runs_on(device: str, precision: str) -> bool:
 class _Run:
     """One case at one precision."""
 
-    def __init__(self, suite: str, case: Case, precision: str, settings: Settings, report: Report) -> None:
+    def __init__(self, suite: str, case: Case, precision: str, settings: Settings, report: Report, alone: Alone) -> None:
         self.suite, self.case, self.precision, self.settings, self.report = suite, case, precision, settings, report
+        self.alone = alone
         self.eager_ratio = math.nan
 
     def measure(self, contenders: Sequence[Contender]) -> None:
@@ -136,10 +148,12 @@ class _Run:
             self.baseline = prepared
         assert self.baseline is not None, "the baseline comes first"
         steps = {BASELINE: self.baseline.step, contender.name: prepared.step}
-        times = interleave(steps, settings.repeats, settings.at_least_s, settings.at_most_s)
+        prepared.step()
+        with self.alone():
+            times = interleave(steps, settings.repeats, settings.at_least_s, settings.at_most_s)
+            peak = peak_tensor_bytes(prepared.step, settings.device)  # 0: it allocates outside of PyTorch
         own = times[contender.name]
         ratio = own.median_ms / times[BASELINE].median_ms
-        peak = peak_tensor_bytes(prepared.step, settings.device)  # 0: it allocates outside of PyTorch
         if contender.name == BASELINE:
             self.baseline_peak = peak
         if contender.name == EAGER:
@@ -160,22 +174,33 @@ class _Run:
         }
 
     def _row(self, contender: Contender, **results: Any) -> Row:
-        peer = contender.version()
-        return Row(
-            suite=self.suite,
-            case=self.case.name,
-            description=self.case.description,
-            contender=contender.name,
-            precision=self.precision,
-            sizes=self.settings.sizes,
-            point=dict(self.case.point),
-            target=self.case.target if contender.name == "flashnorm" else None,
-            device=machine.device_name(self.settings.device),
-            threads=torch.get_num_threads() if self.settings.device == "cpu" else None,
-            versions=machine.versions() | ({"peer": peer} if peer else {}),
-            date=machine.today(),
-            **results,
-        )
+        return row_of(self.suite, self.case, self.precision, contender, self.settings, **results)
+
+
+def row_of(suite: str, case: Case, precision: str, contender: Contender, settings: Settings, **results: Any) -> Row:
+    """A row with what was measured, and where."""
+    peer = contender.version()
+    return Row(
+        suite=suite,
+        case=case.name,
+        description=case.description,
+        contender=contender.name,
+        precision=precision,
+        sizes=settings.sizes,
+        point=dict(case.point),
+        target=case.target if contender.name == "flashnorm" else None,
+        device=machine.device_name(settings.device),
+        threads=torch.get_num_threads() if settings.device == "cpu" else None,
+        versions=machine.versions() | ({"peer": peer} if peer else {}),
+        date=machine.today(),
+        **results,
+    )
+
+
+def be_quiet() -> None:
+    """Peers warn about things that the gate checks; the rows are what counts."""
+    warnings.filterwarnings("ignore")
+    logging.getLogger("flashnorm_compile").setLevel(logging.ERROR)
 
 
 @contextlib.contextmanager

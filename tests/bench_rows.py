@@ -23,7 +23,7 @@ SIZES = (256, 512, 1024)
 
 def make(contender: str, case: str = "mlp", **changes: Any) -> Row:
     """A row whose time and memory are those of `TIMES` and `MEMORY`, with a gate that was passed."""
-    time, memory = changes.pop("time", TIMES.get(contender)), changes.pop("memory", MEMORY.get(contender))
+    time, memory = changes.pop("time", TIMES.get(contender, 1.5)), changes.pop("memory", MEMORY.get(contender, 1.5))
     compiled_ms = changes.pop("compiled_ms", 50.0)
     fields: dict[str, Any] = {
         "suite": "layers",

@@ -30,8 +30,9 @@ from benchmarks.dry_table import run_time, summary, table
 from benchmarks.hopper import peaks_named
 from benchmarks.hopper import rows as dry_rows
 from benchmarks.hopper.budget import (
-    KERNEL_PROCESSES,
+    CORES,
     KERNEL_SECONDS,
+    SIDE_BY_SIDE,
     START_SECONDS,
     Gate,
     compile_seconds,
@@ -270,7 +271,7 @@ def test_timing_follows_the_rounds_of_a_run() -> None:
     assert timed_seconds(0.2, 0.1) == pytest.approx((2 + 5) * 0.3 + 0.2)
     assert timed_seconds(0.002, 0.001) == pytest.approx(2 * 0.003 + 0.5 + 0.002)  # half a second of short steps
     assert timed_seconds(2.0, 1.0) == pytest.approx((2 + 3) * 3.0 + 2.0)  # 8 seconds would not be three rounds
-    assert compile_seconds(10.0, 80) == pytest.approx(10.0 + 80 * KERNEL_SECONDS / KERNEL_PROCESSES)
+    assert compile_seconds(10.0, 80) == pytest.approx(10.0 / SIDE_BY_SIDE + 80 * KERNEL_SECONDS / CORES)
     assert eager_seconds(1.0, 10) == 1.0
     assert eager_seconds(0.0, 1000) == pytest.approx(0.008)
 
@@ -290,4 +291,4 @@ def test_a_run_is_the_sum_over_cases_with_a_baseline() -> None:
     assert found.timing == pytest.approx(timed_seconds(0.1, 0.1) + timed_seconds(0.2, 0.1))
     assert found.compiling == pytest.approx(compiling)
     assert found.gate == pytest.approx(2 * 0.3)
-    assert found.total == pytest.approx(found.timing + found.compiling + found.gate + START_SECONDS)
+    assert found.total == pytest.approx(found.timing + found.compiling + found.gate + START_SECONDS / SIDE_BY_SIDE)

@@ -1,8 +1,9 @@
 """How long a run on a GPU would take: steps at their predicted times, and what is not a timed step by a formula each.
 
-    compiling       for each compiled row, generating + KERNEL_SECONDS * kernels / KERNEL_PROCESSES
+    compiling       for each compiled row, generating / SIDE_BY_SIDE + KERNEL_SECONDS * kernels / CORES
     gate            for each case: a loop over samples for each kind of clipping, twice (norms, then sums), and one non-private
                     step, eager, in the oracle's precision; and two steps of each contender
+    building        for each case, START_SECONDS / SIDE_BY_SIDE
     timing          for each row, the rounds of `benchmarks.timing.interleave` with the baseline, and one step for the memory
 
 `generating` is the processor time that tracing and code generation take on the machine of the dry run, whose cores are taken to
@@ -27,12 +28,13 @@ from flashnorm_compile.passes.peaks import Peaks
 from benchmarks.runner import Settings
 
 LIMIT_MINUTES = 25
-KERNEL_PROCESSES = 16
-"""Inductor starts one for each core, up to 32."""
+CORES = 16
+SIDE_BY_SIDE = 6
+"""Cases that `benchmarks.side_by_side` compiles at once on so many cores; their timing has the machine to itself."""
 KERNEL_SECONDS = 1.0
 DISPATCH_SECONDS = 8e-6
 START_SECONDS = 10.0
-"""For each case: building and copying the model."""
+"""For each case: starting its process, building and copying the model."""
 WARM_UP, LEAST_ROUNDS = 2, 3
 """Of `benchmarks.timing.interleave`."""
 
@@ -47,8 +49,8 @@ def timed_seconds(own: float, baseline: float, settings: Settings = Settings()) 
 
 
 def compile_seconds(generating: float, kernels: int) -> float:
-    """With nothing in the caches."""
-    return generating + KERNEL_SECONDS * kernels / KERNEL_PROCESSES
+    """What one row adds to a run that has nothing in its caches."""
+    return generating / SIDE_BY_SIDE + KERNEL_SECONDS * kernels / CORES
 
 
 def eager_seconds(roofline: float, operators: float) -> float:
