@@ -131,11 +131,13 @@ def scaled_sum(product: Product) -> tuple[Kernel, ...]:
 
 
 def gram_norm(product: Product) -> tuple[Kernel, ...]:
-    """Norms from inner products of positions: both T x T matrices in float64, in memory, a block of rows at a time."""
+    """Norms from inner products of positions: both T x T matrices in float64, in memory, a block of rows at a time; and one look at
+    the operands for what rounding may hide."""
     flops = 2 * product.batch * product.length**2 * (product.p + product.d)
     if not product.length.is_Integer or product.length >= SHORTEST_IN_BLOCKS:
         flops *= sympy.Rational(BLOCKS + 1, 2 * BLOCKS)
     grams = GRAM * product.batch * product.length**2
     widen = Kernel(traffic=(1 + sympy.Rational(GRAM, product.dtype.itemsize)) * product.operands)
     copies = sympy.Rational(GRAM, product.dtype.itemsize) * product.operands
-    return widen, Kernel(flops, copies + 2 * grams, torch.float64), Kernel(traffic=2 * grams)
+    reach = Kernel(traffic=product.operands)
+    return widen, Kernel(flops, copies + 2 * grams, torch.float64), Kernel(traffic=2 * grams), reach

@@ -124,15 +124,19 @@ def _joined(parts: list[Tensor]) -> Tensor:
 BLOCKS, SHORTEST_IN_BLOCKS = 4, 128
 
 
+def blocks(length: int) -> list[tuple[int, int]]:
+    """First position of each block and the one behind its last."""
+    step = -(-length // BLOCKS)
+    return [(first, min(first + step, length)) for first in range(0, length, step)]
+
+
 def outer_norms(term: Outer) -> Tensor:
     """``||G_b^T A_b||^2 = sum_ts (g_t . g_s)(a_t . a_s)``; blocks of positions with t >= s, those below the diagonal twice."""
     length = term.g_btp.shape[1]
     if not isinstance(length, int) or length < SHORTEST_IN_BLOCKS:
         return (torch.bmm(term.g_btp, term.g_btp.mT) * torch.bmm(term.a_btd, term.a_btd.mT)).sum((1, 2))
-    step = -(-length // BLOCKS)
     total = term.g_btp.new_zeros(term.g_btp.shape[0])
-    for first in range(0, length, step):
-        last = min(first + step, length)
+    for first, last in blocks(length):
         g = torch.bmm(term.g_btp[:, first:last], term.g_btp[:, :last].mT)
         products = g * torch.bmm(term.a_btd[:, first:last], term.a_btd[:, :last].mT)
         total = total + 2 * products[:, :, :first].sum((1, 2)) + products[:, :, first:].sum((1, 2))
