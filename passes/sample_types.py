@@ -14,6 +14,7 @@ from typing import TypeAlias
 import sympy
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._sympy.functions import FloorDiv
 
 Expr: TypeAlias = sympy.Expr
@@ -139,18 +140,23 @@ def rescaled(type_: SampleType, scale: Scale) -> SampleType:
 
 def expression(size: int | torch.SymInt | Expr) -> Expr:
     """A size as a sympy expression, simplified with what the shape environment knows."""
-    if isinstance(size, torch.SymInt):
-        node = size.node
-        return _divided(node.shape_env.simplify(node.expr) if node.shape_env is not None else node.expr)
-    return sympy.sympify(size)
+    if not isinstance(size, torch.SymInt):
+        return sympy.sympify(size)
+    node = size.node
+    if node.shape_env is None:
+        return _divided(node.expr)
+    expr = node.shape_env.simplify(node.expr)
+    if not expr.is_Atom and statically_known_true(size == 1):  # a guard: autograd has chosen what to sum over by it
+        return sympy.S.One
+    return _divided(expr)
 
 
 def _divided(expr: Expr) -> Expr:
     """The expression with every exact integer division carried out: ``(s**2) // s`` is ``s``."""
 
     def exact(division: Expr) -> Expr:
-        ratio = sympy.cancel(division.args[0] / division.args[1])
-        return ratio if sympy.fraction(ratio)[1] == 1 else division
+        dividend, divisor = division.args
+        return quotient(dividend, divisor) if divides(divisor, dividend) else division
 
     return expr.replace(lambda part: isinstance(part, FloorDiv), exact)
 
@@ -159,7 +165,7 @@ def divides(divisor: Expr, dividend: Expr) -> bool:
     """Whether ``dividend / divisor`` is known to be a whole number, for all values of the symbols."""
     if divisor.is_Integer and dividend.is_Integer:
         return divisor != 0 and dividend % divisor == 0
-    _, denominator = sympy.fraction(sympy.cancel(dividend / divisor))
+    _, denominator = sympy.cancel(dividend / divisor).as_numer_denom()  # of (s - 3)/2 as of 2/s
     return denominator == 1
 
 

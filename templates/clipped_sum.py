@@ -226,9 +226,9 @@ def clipped_sum_aten(g_btp: Tensor, a_btd: Tensor, factors_b: Tensor, dtype: tor
     batch, length, p = g_btp.shape
     d = a_btd.shape[2]
     wide = torch.promote_types(g_btp.dtype, torch.float32)
-    total = torch.zeros((p, d), dtype=wide, device=g_btp.device)
     if g_btp.numel() == 0 or a_btd.numel() == 0:
-        return total.to(dtype or wide)
+        return torch.zeros((p, d), dtype=dtype or wide, device=g_btp.device)
+    total = torch.empty((p, d), dtype=wide, device=g_btp.device)
     positions = min(length, max(1, _CPU_CHUNK // max(p, d)))
     samples = max(1, _CPU_CHUNK // max(p, d) // length)
     factors = factors_b.to(wide)[:, None, None]
@@ -240,7 +240,8 @@ def clipped_sum_aten(g_btp: Tensor, a_btd: Tensor, factors_b: Tensor, dtype: tor
             g, a = (g * c, a) if p <= d else (g, a * c)
             if dropped:
                 g, a = torch.where(c != 0, g, 0), torch.where(c != 0, a, 0)
-            total.addmm_(g.reshape(-1, p).t(), a.reshape(-1, d))
+            is_first = first == start == 0  # writes what the others add to
+            total.addmm_(g.reshape(-1, p).t(), a.reshape(-1, d), beta=0 if is_first else 1)
     return total.to(dtype or wide)
 
 

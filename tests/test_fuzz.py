@@ -372,6 +372,18 @@ INDEPENDENT: dict[str, Program] = {
         loss_outside=True,
         clipping="automatic",
     ),
+    "a size that a guard knows to be one, the sum over it left out": program(
+        3,
+        [Input("x", (B, 5, 4, 1))],
+        [Param("w0", (1, 1, 1, 3))],
+        step("v0", "permute", "x", order=(0, 3, 1, 2)),
+        step("v1", "conv", "v0", "w0", stride=2, padding=1, dilation=2, groups=1),
+        step("v2", "cat", "v1", "v1", dim=0),
+        step("v3", "mean", "v2", dim=(1, 2, 3)),
+        step("v4", "reshape", "v3", sizes=(Batch(2, 1), 1, 1, 1)),
+        step("v5", "lerp", "v2", "v4"),
+        dynamic=True,
+    ),
     "rows of a table plus its transpose": program(
         4,
         [Input("ids", (B,), bound=4)],

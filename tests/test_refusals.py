@@ -195,6 +195,27 @@ class Contrastive(nn.Module):
         return F.cross_entropy(similarity, torch.arange(x.shape[0]))
 
 
+class Halved(nn.Module):
+    """An odd number of frames, [n + 1, B, L], laid out as two rows: the second begins amid the samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        frames, batch, width = x.shape
+        h = torch.cat([x * self.weight, x[:1]])
+        return h.reshape(2, (frames + 1) * batch * width // 2).sum(0)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_rows_that_begin_amid_the_samples(dynamic: bool, backend: str) -> None:
+    options = OPTIONS | {"batch_dims": {"x": 1}}
+    compiled = torch.compile(Halved(), backend=backend, options=options, dynamic=dynamic)
+    text = refusal(errors.SampleMixingError, lambda: compiled(torch.randn(6, 4, 3)).square().sum().backward())
+    says(text, "weight", "aten.view", "elements of different samples into one row")
+
+
 def test_contrastive_loss(backend: str) -> None:
     x, y = torch.randn(4, 6), torch.randn(4, 6)
     text = refusal(errors.SampleMixingError, lambda: train(Contrastive(), x, y, backend=backend))

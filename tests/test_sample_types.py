@@ -7,6 +7,7 @@ import sympy
 from flashnorm_compile.passes.sample_types import (
     ANY_SCALE,
     Axis,
+    _divided,
     common_scale,
     divides,
     locate,
@@ -14,6 +15,7 @@ from flashnorm_compile.passes.sample_types import (
     scale_product,
     stride_of,
 )
+from torch.utils._sympy.functions import FloorDiv
 
 S, T = sympy.symbols("s t", positive=True, integer=True)
 
@@ -53,6 +55,14 @@ def test_division_is_exact_or_unknown() -> None:
     assert not divides(S + 1, S * T)
     assert divides(sympy.Integer(3), sympy.Integer(12))
     assert not divides(sympy.Integer(0), sympy.Integer(12))
+    assert not divides(sympy.Integer(2), S + 1)  # (S + 1)/2 is a sum of fractions
+    assert divides(S + 1, S * T + T)
+    assert _divided(FloorDiv(S**2, S)) == S
+    assert _divided(FloorDiv(S + 1, sympy.Integer(2))) == FloorDiv(S + 1, sympy.Integer(2))
+    assert not divides(sympy.Integer(2), S + 1)  # (S + 1)/2 is a sum of fractions
+    assert divides(S + 1, S * T + T)
+    assert _divided(FloorDiv(S**2, S)) == S
+    assert _divided(FloorDiv(S + 1, sympy.Integer(2))) == FloorDiv(S + 1, sympy.Integer(2))
 
 
 def test_scales_multiply_and_add() -> None:
