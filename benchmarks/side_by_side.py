@@ -3,7 +3,8 @@
 Compiling is most of a run's time and keeps one processor core busy for each case. So every case, at each of its precisions, has a
 process of its own, and several run at once. A process that is about to time steps asks for the machine: all others, with the
 compilers that they started, are stopped (SIGSTOP) until it is done. Its steps were run once before, so that nothing is compiled
-while others stand still; each process has its own compile cache, so that none waits for a lock that a stopped one holds.
+while others stand still. Should it wait for one of them all the same, for a lock of the compile cache say, they go on after
+`PATIENCE_S`, and its row says that it could not be timed.
 
 What runs out of a GPU's memory beside others is done again at the end, by itself.
 """
@@ -17,12 +18,10 @@ import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 
 import torch
 import torch._inductor.config
 from flashnorm_compile.passes.peaks import peaks_of
-from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from benchmarks.case import Case
 from benchmarks.contenders import BASELINE, CONTENDERS
@@ -31,6 +30,7 @@ from benchmarks.runner import Report, Settings, be_quiet, row_of, run_case, runs
 from benchmarks.suites import SUITES
 
 HAS_STARTED, ASKS, HAS_DONE = "has started", "asks for the machine", "has done its timing"
+PATIENCE_S = 120.0
 _CROWDED = ("OutOfMemoryError", "CannotRunError: no baseline")
 
 
@@ -99,9 +99,10 @@ class _Conductor:
         message = self._hear(worker)
         if message == ASKS:
             with self._stopped(worker):
-                worker.connection.send(ASKS)
-                while self._hear(worker) not in (HAS_DONE, None):
-                    pass
+                worker.tell(ASKS)
+                was_alone = worker.connection.poll(PATIENCE_S)
+            if self._hear(worker) == HAS_DONE:
+                worker.tell(was_alone)
         elif message is None:
             self._finish(worker)
 
@@ -169,6 +170,10 @@ class _Worker:
         takes_part = self.case.contenders or self.job.contenders
         return [name for name in self.job.contenders if name in takes_part and name not in self.heard]
 
+    def tell(self, message: object) -> None:
+        with contextlib.suppress(BrokenPipeError):  # it has died, which is heard next
+            self.connection.send(message)
+
     def signal(self, number: int) -> None:
         """To the process and to those that it has started. It may have ended meanwhile."""
         with contextlib.suppress(ProcessLookupError):
@@ -189,7 +194,6 @@ def _work(connection: Connection, job: Job, settings: Settings, processes: int) 
     os.setpgid(0, 0)  # so that a signal reaches the compilers which it starts, and nothing else
     connection.send(HAS_STARTED)
     torch._inductor.config.compile_threads = max(1, (os.cpu_count() or 1) // processes)
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(cache_dir()) / "benchmarks" / job.name)
     be_quiet()
     chosen = [contender for contender in CONTENDERS if contender.name in {*job.contenders, BASELINE}]
 
@@ -201,5 +205,8 @@ def _work(connection: Connection, job: Job, settings: Settings, processes: int) 
             yield
         finally:
             connection.send(HAS_DONE)
+            was_alone = connection.recv()
+        if not was_alone:
+            raise RuntimeError(f"it waited {PATIENCE_S:.0f} s for another process while it was to be timed alone")
 
     run_case(job.suite, _case(job, settings), chosen, settings, connection.send, alone)

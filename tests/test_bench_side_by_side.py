@@ -18,7 +18,7 @@ import pytest
 from benchmarks.contenders import BASELINE, EAGER
 from benchmarks.row import Row
 from benchmarks.runner import Settings
-from benchmarks.side_by_side import Job, _Conductor, jobs_of, run_side_by_side
+from benchmarks.side_by_side import ASKS, HAS_DONE, Job, _Conductor, jobs_of, run_side_by_side
 from benchmarks.suites import SUITES
 from tests import bench_rows
 
@@ -89,6 +89,17 @@ def test_what_lacked_memory_beside_others_is_done_again_alone(error: str) -> Non
     assert not alone.crowded
 
 
+@pytest.mark.parametrize("was_alone", [True, False])
+def test_a_turn_that_waited_for_a_stopped_process_does_not_count(was_alone: bool) -> None:
+    told: list[object] = []
+    worker = _stub(ASKS, HAS_DONE)
+    worker.tell, worker.connection.poll = told.append, lambda seconds: was_alone
+    conductor = _conductor()
+    conductor.running = [worker]
+    conductor._attend(worker)
+    assert told == [ASKS, was_alone]
+
+
 def test_jobs_are_cases_at_each_precision_that_the_device_has() -> None:
     cases = [("vision", case) for case in SUITES["vision"].cases("paper") if case.name == "vit-b-b32"]
     assert [job.precision for job in jobs_of(cases, ["eager"], "cuda")] == list(cases[0][1].precisions)
@@ -99,12 +110,12 @@ def _conductor(rows: list[Row] | None = None, processes: int = 2) -> Any:
     return _Conductor([], SETTINGS, (rows if rows is not None else []).append, processes)
 
 
-def _stub(*messages: Row, job: Job | None = None, signal: Any = None) -> Any:
+def _stub(*messages: Row | str, job: Job | None = None, signal: Any = None) -> Any:
     """A worker that says this and ends."""
     job = job or Job("layers", "mlp", "float32", (BASELINE, "opacus", "vmap"))
     left = list(messages)
 
-    def recv() -> Row:
+    def recv() -> Row | str:
         if not left:
             raise EOFError
         return left.pop(0)
