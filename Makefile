@@ -12,7 +12,7 @@ ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint fuzz bench bench-cpu bench-cuda roofline clean
+.PHONY: help demo test lint fuzz bench bench-cpu bench-cuda roofline scale clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list.
@@ -60,6 +60,9 @@ bench-cuda: $(VENV)/.bench ## Measure at the papers' sizes on a GPU (25 minutes)
 roofline: $(VENV)/.dev ## Predict the cost of privacy on an H200 from generated code; on a GPU, measure each kernel as well.
 	$(BIN)/python -m benchmarks.roofline $(ARGS)
 	if $(BIN)/python -c "import torch, sys; sys.exit(not torch.cuda.is_available())"; then $(BIN)/python -m benchmarks.kernels; fi
+
+scale: $(VENV)/.dev ## Predict memory, messages and time of Llama-13B on 4 GPUs, and of Llama-70B on 64 and 1024 (10 minutes).
+	$(BIN)/python -m benchmarks.scale $(ARGS)
 
 # The type checker reads a real installation, made from a wheel in .lint/site: an editable one hides the folders that
 # package-dir maps, and only a real one shows a package or a data file that pyproject.toml forgot.

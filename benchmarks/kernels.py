@@ -32,10 +32,10 @@ from flashnorm_compile.templates import (  # noqa: F401  (registers the operator
     weight_grads,
     weighted_sum,
 )
+from flashnorm_compile.templates.flops import FORMULAS
 from torch import Tensor
 
 from benchmarks.hopper.estimate import roofline
-from benchmarks.hopper.flops import FLOPS_OF_OURS
 from benchmarks.machine import device_name, today, versions
 
 ops = torch.ops.flashnorm
@@ -89,14 +89,14 @@ def _products(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Iterat
     factors = torch.rand(batch, device=device) + 0.1
     keys, std = torch.arange(2 * 2, device=device).view(2, 2), torch.tensor(0.5, device=device)
     operands, weight = _nbytes(g, a), p * d
-    flops = float(FLOPS_OF_OURS["weight_grads"](g, a))
+    flops = float(FORMULAS["weight_grads"](g.shape, a.shape))
     c = factors[:, None, None].to(dtype)
 
     def dense() -> Tensor:
         return torch.bmm(g.mT, a)
 
     yield Contest("flash_norm", shape, lambda: ops.flash_norm(g, a), lambda: _squares(dense()), flops, operands)
-    ghost = float(FLOPS_OF_OURS["ghost_norm"](g, a))
+    ghost = float(FORMULAS["ghost_norm"](g.shape, a.shape))
     if batch * length**2 * 4 < 2**33:
         yield Contest(
             "ghost_norm", shape, lambda: ops.ghost_norm(g, a),
@@ -146,7 +146,7 @@ def _tables(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Iterator
         rows = index[:, :, None].expand(-1, -1, length)
         return 2 * (torch.bmm(h, a.mT) * torch.gather(g.mT, 1, rows)).float().sum((1, 2))
 
-    flops = float(FLOPS_OF_OURS["tied_cross_term"](h, index, g, a))
+    flops = float(FORMULAS["tied_cross_term"](h.shape, index.shape, g.shape, a.shape))
     gathered = 32 * batch * length**2  # a sector for each element of G
     yield Contest(
         "tied_cross_term", shape, lambda: ops.tied_cross_term(h, index, g, a), cross, flops, _nbytes(h, a, index) + gathered

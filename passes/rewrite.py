@@ -17,7 +17,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from ..templates import convolution, flash_norm, noise, release  # noqa: F401  (registers the operators)
+from ..templates import convolution, flash_norm, flops, noise, release  # noqa: F401  (registers the operators and their FLOPs)
 from .algorithms import Release, norms_of, part_of, released
 from .collectives import drop_unused
 from .factored import unwidened

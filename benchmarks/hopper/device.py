@@ -29,9 +29,9 @@ from triton.backends.compiler import GPUTarget
 CUDA = torch.device("cuda", 0)
 
 
-def _hopper(name: str, multiprocessors: int, gibibytes: int, l2_mebibytes: int) -> types.SimpleNamespace:
+def _hopper(name: str, multiprocessors: int, gibibytes: int, l2_mebibytes: int, **others: int) -> types.SimpleNamespace:
     """Limits of compute capability 9.0: CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability"."""
-    return types.SimpleNamespace(
+    properties = types.SimpleNamespace(
         name=name,
         major=9,
         minor=0,
@@ -50,18 +50,31 @@ def _hopper(name: str, multiprocessors: int, gibibytes: int, l2_mebibytes: int) 
         memory_clock_rate=3_201_000,
         memory_bus_width=6144,
     )
+    vars(properties).update(others)
+    return properties
 
 
-# NVIDIA's datasheets and H100 whitepaper (SXM5): 132 multiprocessors, 50 MB of L2. Memory is what a program may use of it.
+# What capability 8.0 has less of (the same table), and the A100's clocks (NVIDIA A100 whitepaper).
+_AMPERE = {
+    "major": 8,
+    "shared_memory_per_block_optin": 166912,
+    "shared_memory_per_multiprocessor": 167936,
+    "clock_rate": 1_410_000,
+    "memory_clock_rate": 1_593_000,
+    "memory_bus_width": 5120,
+}
+# NVIDIA's datasheets and the whitepapers of H100 (SXM5: 132 multiprocessors, 50 MB of L2) and A100 (108, 40 MB). Memory is what a
+# program may use of it.
 PROPERTIES: Mapping[str, types.SimpleNamespace] = {
     "H200": _hopper("NVIDIA H200", 132, 139, 50),
     "H100": _hopper("NVIDIA H100 80GB HBM3", 132, 79, 50),
+    "A100": _hopper("NVIDIA A100-SXM4-80GB", 108, 79, 40, **_AMPERE),
 }
 
 
 @contextlib.contextmanager
-def pretended_device(name: str = "H200") -> Iterator[types.SimpleNamespace]:
-    """PyTorch, Inductor and Triton see one CUDA device of that name; launching anything on it fails.
+def pretended_device(name: str = "H200", count: int = 1) -> Iterator[types.SimpleNamespace]:
+    """PyTorch, Inductor and Triton see `count` CUDA devices of that name; launching anything on them fails.
 
     What the libraries remember about devices is forgotten before and after. The one thing that stays is a device guard for
     CUDA that does nothing, where this build of PyTorch has none.
@@ -78,11 +91,12 @@ def pretended_device(name: str = "H200") -> Iterator[types.SimpleNamespace]:
     before = triton.runtime.driver._active
     _forget()
     with contextlib.ExitStack() as stack:
-        for attribute, value in _cuda_module(properties).items():
+        for attribute, value in _cuda_module(properties, count).items():
             stack.enter_context(mock.patch.object(torch.cuda, attribute, value))
         stack.enter_context(mock.patch.object(torch._C, "_cuda_getCurrentRawStream", create=True, return_value=0))
+        stack.enter_context(mock.patch.object(torch._utils_internal, "max_clock_rate", return_value=properties.clock_rate // 1000))
         stack.enter_context(mock.patch.dict(device_interface.device_interfaces, {"cuda": _interface(properties)}))
-        triton.runtime.driver.set_active(_Driver())
+        triton.runtime.driver.set_active(_Driver(properties))
         try:
             yield properties
         finally:
@@ -91,10 +105,24 @@ def pretended_device(name: str = "H200") -> Iterator[types.SimpleNamespace]:
 
 
 class _Driver:
-    """Triton's driver, as far as code generation asks it."""
+    """Triton's driver, as far as code generation and Inductor's estimates of run times ask it."""
+
+    def __init__(self, properties: types.SimpleNamespace) -> None:
+        told = {
+            "max_shared_mem": properties.shared_memory_per_block_optin,
+            "multiprocessor_count": properties.multi_processor_count,
+            "sm_clock_rate": properties.clock_rate,
+            "mem_clock_rate": properties.memory_clock_rate,
+            "mem_bus_width": properties.memory_bus_width,
+        }
+        self.target = GPUTarget("cuda", 10 * properties.major + properties.minor, properties.warp_size)
+        self.utils = types.SimpleNamespace(get_device_properties=lambda device: told)
+
+    def get_device_interface(self) -> Any:
+        return torch.cuda
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return self.target
 
     def get_current_device(self) -> int:
         return 0
@@ -110,11 +138,12 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
     pass
 
 
-def _cuda_module(properties: types.SimpleNamespace) -> dict[str, Any]:
+def _cuda_module(properties: types.SimpleNamespace, count: int) -> dict[str, Any]:
     """What functions of `torch.cuda` answer."""
     return {
         "is_available": lambda: True,
-        "device_count": lambda: 1,
+        "device_count": lambda: count,
+        "can_device_access_peer": lambda *a, **k: True,
         "current_device": lambda: 0,
         "get_device_properties": lambda *a, **k: properties,
         "get_device_capability": lambda *a, **k: (properties.major, properties.minor),
@@ -143,7 +172,7 @@ def _interface(properties: types.SimpleNamespace) -> type[device_interface.CudaI
         **shared,
         "Worker": worker,
         "is_available": staticmethod(lambda: True),
-        "get_compute_capability": staticmethod(lambda device=None: 90),
+        "get_compute_capability": staticmethod(lambda device=None: 10 * properties.major + properties.minor),
         "is_bf16_supported": staticmethod(lambda including_emulation=False: True),
         "synchronize": staticmethod(_nothing),
         "get_raw_stream": staticmethod(lambda *args: 0),
@@ -153,7 +182,13 @@ def _interface(properties: types.SimpleNamespace) -> type[device_interface.CudaI
     return type("PretendedCuda", (device_interface.CudaInterface,), members)
 
 
-_REMEMBERING = ("torch.utils._triton", "torch._inductor.utils", "flashnorm_compile.templates", "flashnorm_compile.passes.peaks")
+_REMEMBERING = (
+    "torch.utils._triton",
+    "torch._inductor.utils",
+    "torch._inductor.comm_analysis",
+    "flashnorm_compile.templates",
+    "flashnorm_compile.passes.peaks",
+)
 
 
 def _forget() -> None:

@@ -1,56 +1,20 @@
-"""Floating-point operations of one operator: PyTorch's formulas, and ours for the operators of `flashnorm_compile`.
+"""Floating-point operations of one operator: PyTorch's formulas, among which are those of `flashnorm_compile.templates.flops`.
 
 Only matrix products, convolutions and attention count, two for each multiplication with its addition. Everything else is bound
 by the memory it moves.
-
-Legend: B samples, T and S positions, d and p widths of a weight gradient's operands.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from flashnorm_compile.templates import flops  # noqa: F401 - the formulas of our operators
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 aten = torch.ops.aten
-OURS = "flashnorm::"
-
-
-def _weight_gradient(g_btp: Tensor, a_btd: Tensor, *_: Any) -> int:
-    batch, positions, rows = g_btp.shape
-    return 2 * batch * positions * rows * a_btd.shape[2]
-
-
-def _ghost(g_btp: Tensor, a_btd: Tensor, *_: Any) -> int:
-    """Two products of T x T, of which the half with i <= j is computed."""
-    batch, positions, rows = g_btp.shape
-    return batch * positions**2 * (rows + a_btd.shape[2])
-
-
-def _conv_weight_grads(grad: Tensor, source: Tensor, weight_shape: Any, stride: Any, padding: Any, dilation: Any,
-                       transposed: bool, *_: Any) -> int:  # fmt: skip
-    places = source if transposed else grad
-    return 2 * places.numel() * math.prod(weight_shape[1:])
-
-
-def _tied_cross_term(h_btd: Tensor, index_bt: Tensor, g_bsv: Tensor, a_bsd: Tensor, *_: Any) -> int:
-    batch, positions, width = h_btd.shape
-    return 2 * batch * positions * a_bsd.shape[1] * width
-
-
-FLOPS_OF_OURS: Mapping[str, Callable[..., int]] = {
-    "flash_norm": _weight_gradient,
-    "ghost_norm": _ghost,
-    "weight_grads": _weight_gradient,
-    "clipped_sum": _weight_gradient,
-    "per_layer": lambda *operands: 2 * _weight_gradient(*operands),  # in one launch it would be half as much
-    "conv_weight_grads": _conv_weight_grads,
-    "tied_cross_term": _tied_cross_term,
-}
 # They read and write, and multiply no matrices.
 MOVES_DATA = frozenset(
     (
@@ -83,10 +47,6 @@ def flops_of(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out:
     packet = getattr(target, "overloadpacket", None)
     if packet is None:
         return 0
-    name = target.name()
-    if name.startswith(OURS):
-        formula = FLOPS_OF_OURS.get(packet.__name__)
-        return formula(*args) if formula else 0
     if packet in _CPU_ATTENTION:
         return _causal_share(target, args, kwargs, _CPU_ATTENTION[packet](*args))
     if packet not in flop_registry:

@@ -53,6 +53,8 @@ class GeneratedGraph:
     """Name and source of each Triton kernel."""
     work: list[Work] = field(default_factory=list)
     walked: Walked | None = None
+    working: Walked | None = None
+    """The same without the memory of what the graph returns."""
 
     @property
     def library_calls(self) -> dict[str, int]:
@@ -113,8 +115,8 @@ _NO_DEVICE_NEEDED = {"joint_graph_constant_folding": False, "shape_padding": Fal
 
 
 @contextlib.contextmanager
-def hopper(device: str = "H200", *, go_on: bool = False) -> Iterator[Generated]:
-    """Within, `torch.compile` generates code for `device` ("H200" or "H100") and launches nothing.
+def hopper(device: str = "H200", *, devices: int = 1, go_on: bool = False) -> Iterator[Generated]:
+    """Within, `torch.compile` generates code for `device` ("H200" or "H100", `devices` in the machine) and launches nothing.
 
     With `go_on` compiled graphs return fake tensors, so that what follows them (a loop, an optimizer) goes on; every input has
     to be fake for that. Otherwise the block ends at the first launch. Errors of tracing, lowering and code generation pass
@@ -125,7 +127,7 @@ def hopper(device: str = "H200", *, go_on: bool = False) -> Iterator[Generated]:
     settings = {**_NO_DEVICE_NEEDED, "force_disable_caches": True, "compile_threads": 1}
     torch._dynamo.reset()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(pretended_device(device))
+        stack.enter_context(pretended_device(device, devices))
         stack.enter_context(attention_of_cuda())
         for owner, name, wrapped in _hooks(recorder):
             stack.enter_context(mock.patch.object(owner, name, wrapped))
@@ -199,6 +201,8 @@ class _Recorder:
         inputs = {node.name for node in one.captured.graph.find_nodes(op="placeholder")} | set(lowering.graph_inputs)
         held = {name: storage for name, storage in self.saved.items() if one.kind == "backward" and name in inputs}
         one.walked = walk(code, nbytes_in(lowering), held)
+        returned = {storage.name for storage in one.walked.outputs if storage is not None}
+        one.working = walk(code, nbytes_in(lowering), held, returned)
         named = zip(one.saved_names, one.walked.outputs, strict=False)
         self.saved = {name: storage for name, storage in named if storage is not None}
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import collections
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,13 +39,20 @@ class Walked:
     """Calls of operators and of libraries such as cuBLAS."""
     launches: int
     """Launches of Triton kernels."""
+    live_at: Mapping[str, int]
+    """By library call: the most that is held when it begins."""
 
 
 # Calls whose result shows the memory of their first argument (the second one hardly ever copies).
 _SHARING = ("reinterpret_tensor", "copy_if_misaligned")
 
 
-def walk(code: str, nbytes_of: Callable[[str], int | None], held: Mapping[str, Storage] | None = None) -> Walked:
+def walk(
+    code: str,
+    nbytes_of: Callable[[str], int | None],
+    held: Mapping[str, Storage] | None = None,
+    uncounted: Collection[str] = (),
+) -> Walked:
     """Walks the function `call` of a wrapper's source.
 
     Args:
@@ -53,6 +60,7 @@ def walk(code: str, nbytes_of: Callable[[str], int | None], held: Mapping[str, S
         nbytes_of: size in bytes of the tensor that a call leaves in a name; None if unknown, which counts as nothing.
         held: inputs whose memory belongs to this step (what the forward pass saved), by name. It is part of the peak, and is
             given back when the code deletes the input. Other inputs are parameters and data, and count nothing.
+        uncounted: first names of memory that counts nothing either.
 
     Raises:
         ValueError: the source has no function `call`.
@@ -60,7 +68,7 @@ def walk(code: str, nbytes_of: Callable[[str], int | None], held: Mapping[str, S
     calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.FunctionDef) and node.name == "call"]
     if not calls:
         raise ValueError("The generated code has no function named call, where Inductor (torch 2.13) puts what a graph runs.")
-    return _Walk(calls[0], nbytes_of, held or {}).result()
+    return _Walk(calls[0], nbytes_of, held or {}, uncounted).result()
 
 
 @dataclass
@@ -68,6 +76,7 @@ class _Walk:
     function: ast.FunctionDef
     nbytes_of: Callable[[str], int | None]
     held: Mapping[str, Storage]
+    uncounted: Collection[str]
     names: dict[str, tuple[Storage, ...]] = field(default_factory=dict)
     references: collections.Counter[Storage] = field(default_factory=collections.Counter)
     live: int = 0
@@ -76,6 +85,7 @@ class _Walk:
     allocations: list[Storage] = field(default_factory=list)
     library: collections.Counter[str] = field(default_factory=collections.Counter)
     launches: int = 0
+    live_at: collections.Counter[str] = field(default_factory=collections.Counter)
 
     def result(self) -> Walked:
         statements = _in_order(self.function)
@@ -95,7 +105,9 @@ class _Walk:
             elif isinstance(statement, ast.Return) and isinstance(statement.value, (ast.Tuple, ast.List)):
                 outputs = tuple(next(iter(self._value("", element)), None) for element in statement.value.elts)
         largest = sorted(self.at_peak, key=lambda storage: -storage.nbytes)
-        return Walked(self.peak, tuple(largest), tuple(self.allocations), outputs, dict(self.library), self.launches)
+        return Walked(
+            self.peak, tuple(largest), tuple(self.allocations), outputs, dict(self.library), self.launches, dict(self.live_at)
+        )
 
     def _bind(self, name: str, storages: tuple[Storage, ...]) -> None:
         self._unbind(name)
@@ -130,7 +142,7 @@ class _Walk:
         return tuple(self._allocated(part, nbytes) for part, nbytes in sizes if nbytes is not None)
 
     def _allocated(self, name: str, nbytes: int) -> Storage:
-        self.allocations.append(Storage(name, nbytes))
+        self.allocations.append(Storage(name, 0 if name in self.uncounted else nbytes))
         return self.allocations[-1]
 
     def _count(self, statement: ast.stmt) -> None:
@@ -139,6 +151,7 @@ class _Walk:
                 called = ast.unparse(node.func)
                 if called.startswith(("extern_kernels.", "torch.ops.")):
                     self.library[called] += 1
+                    self.live_at[called] = max(self.live_at[called], self.live)
                 elif called.endswith(".run"):
                     self.launches += 1
 
