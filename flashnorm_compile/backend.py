@@ -97,7 +97,7 @@ def compile_private(
     reason = break_reason(gm) or resumed_after(gm)
     gm, inputs = with_handle(gm, example_inputs)
     meshes, ranks = data_meshes(example_of(node) for node in nodes)
-    spec = graph_spec([*_with_gathers(nodes, specs), InputSpec(HANDLE, Role.HANDLE)], options)
+    spec = graph_spec([*with_gathers(nodes, specs), InputSpec(HANDLE, Role.HANDLE)], options)
     spec = replace(spec, data_meshes=meshes, data_ranks=ranks, parts=any(isinstance(example_of(node), DTensor) for node in nodes))
     observers = (*observers, *dump.observers(spec))
     private_pass = PrivateGradientsPass(spec, observers)
@@ -115,7 +115,7 @@ def graph_spec(specs: Sequence[InputSpec], options: Options) -> GraphSpec:
     return GraphSpec(tuple(specs), globs, options.loss_normalizer, options.loss_reduction, options.memory_budget)
 
 
-def _with_gathers(nodes: Sequence[fx.Node], specs: Sequence[InputSpec]) -> list[InputSpec]:
+def with_gathers(nodes: Sequence[fx.Node], specs: Sequence[InputSpec]) -> list[InputSpec]:
     """The specs, with what the backward does for each sharded parameter."""
     known = shardings()
     found = [known.get(id(example_of(node))) for node in nodes]

@@ -31,7 +31,7 @@ from benchmarks.hopper.fakes import fake_problem
 from benchmarks.hopper.generate import Generated, GeneratedGraph, hopper
 from benchmarks.hopper.memory import Walked
 from benchmarks.network import GPUS_PER_NODE
-from flashnorm_compile.backend import _with_gathers
+from flashnorm_compile.backend import with_gathers
 from flashnorm_compile.inputs import classify
 
 c10d = torch.ops._c10d_functional
@@ -124,7 +124,7 @@ def generated_step(problem: Problem, device: str, options: Mapping[str, Any] | N
 def _without_privacy(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
     """A backend that treats collectives as "flashnorm" does, and leaves gradients as they are."""
     nodes = gm.graph.find_nodes(op="placeholder")
-    spec = GraphSpec(tuple(_with_gathers(nodes, classify(gm, None))))
+    spec = GraphSpec(tuple(with_gathers(nodes, classify(gm, None))))
     settings = _compat.with_joint_pass({}, _SameCollectives(spec))
     compiled: Any = compile_fx(gm, list(inputs), config_patches=settings)
     return compiled  # type: ignore[no-any-return]
