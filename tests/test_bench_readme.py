@@ -122,6 +122,19 @@ class TestReadme:
         path.write_text(path.read_text().replace("1.077", "1.078"))
         assert readme.mistakes(path, results) == ["1.078 stands in '## Benchmarks' and in no results file"]
 
+    def test_a_number_that_scale_predicts_may_be_shown(self, project: tuple[Path, Path]) -> None:
+        path, results = project
+        update_readme(path, results)
+        folder = results / "scale" / "2026-03-05"
+        folder.mkdir(parents=True)
+        row = {"throughput": 0.9871, "target": 0.92, "sent_bytes": 77.84e9, "peak_bytes": 67.66e9}
+        (folder / "scale.json").write_text(json.dumps({"torch": "2.13.0+cpu", "rows": [row, row | {"target": None}]}))
+        shown = "predicted 0.987, target 0.92, sent 77.8, memory 67.7, torch 2.13.0"
+        path.write_text(path.read_text().replace(readme.BEGIN, f"{shown}\n\n{readme.BEGIN}"))
+        assert readme.mistakes(path, results) == []
+        path.write_text(path.read_text().replace("77.8", "77.9"))
+        assert readme.mistakes(path, results) == ["77.9 stands in '## Benchmarks' and in no results file"]
+
     def test_missing_markers(self, project: tuple[Path, Path]) -> None:
         path, results = project
         path.write_text("## Benchmarks\n\n1.5\n")

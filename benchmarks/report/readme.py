@@ -6,6 +6,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from benchmarks.report import grouping, tables
 from benchmarks.report.grouping import Section
@@ -27,11 +28,26 @@ def newest_folders(results: Path) -> dict[str, Path]:
 
 
 def predicted(results: Path) -> set[str]:
-    """The numbers that `benchmarks.roofline` has predicted, as its table writes them: `results/roofline/<date>/roofline.json`."""
-    files = sorted(results.glob("roofline/*/roofline.json"))
-    if not files:
-        return set()
-    held = json.loads(files[-1].read_text())
+    """The numbers that `benchmarks.roofline` and `benchmarks.scale` have predicted, as the README's tables write them."""
+    return _roofline(_newest(results, "roofline")) | _scale(_newest(results, "scale"))
+
+
+def _newest(results: Path, kind: str) -> dict[str, Any]:
+    """What the last `results/<kind>/<date>/<kind>.json` holds; no rows where there is none."""
+    files = sorted(results.glob(f"{kind}/*/{kind}.json"))
+    return json.loads(files[-1].read_text()) if files else {"torch": "", "rows": []}  # type: ignore[no-any-return]
+
+
+def _scale(held: dict[str, Any]) -> set[str]:
+    """Throughputs, targets and gigabytes."""
+    numbers = {held["torch"].partition("+")[0]}
+    for row in held["rows"]:
+        numbers |= {f"{row['throughput']:.3f}", f"{row['sent_bytes'] / 1e9:.1f}", f"{row['peak_bytes'] / 1e9:.1f}"}
+        numbers |= {f"{row['target']:.2f}"} if row.get("target") else set()
+    return numbers
+
+
+def _roofline(held: dict[str, Any]) -> set[str]:
     numbers = {held["torch"].partition("+")[0]}
     for row in held["rows"]:
         numbers |= {f"{row['seconds'] / row['baseline_seconds']:.3f}", f"{row['peak_bytes'] / row['baseline_peak_bytes']:.2f}"}
