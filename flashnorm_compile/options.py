@@ -8,14 +8,14 @@ import hashlib
 import math
 import numbers
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from . import config
 from .passes.errors import OptionsError
 
 Clipping = Literal["flat", "per_layer", "group", "automatic"]
 LossReduction = Literal["mean", "sum"]
-NormAlgorithm = Literal["auto", "materialize", "ghost", "flash"]
+NormAlgorithm = Literal["auto", "materialize", "ghost", "flash", "recompute"]
 
 # Options that change the rewritten graph. All others are read at run time, so that changing them never recompiles.
 _GRAPH_FIELDS = ("loss_reduction", "loss_normalizer", "batch_dims", "norm_algorithm", "memory_budget")
@@ -132,7 +132,7 @@ def _anything(name: str, value: Any) -> Any:
 
 
 def _check_algorithm(name: str, value: Any) -> str | dict[str, str]:
-    one = _one_of("auto", "materialize", "ghost", "flash")
+    one = _one_of(*get_args(NormAlgorithm))
     check = _mapping("parameter-name globs to names", one) if isinstance(value, Mapping) else one
     return check(name, value)
 

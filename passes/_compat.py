@@ -12,9 +12,10 @@ from torch._dynamo.source import ConstantSource
 from torch._dynamo.utils import counters
 from torch._functorch._aot_autograd.descriptors import GradAOTOutput, SubclassGetAttrAOTOutput
 from torch._functorch.partitioners import min_cut_rematerialization_partition
-from torch._guards import detect_fake_mode
+from torch._guards import TracingContext, detect_fake_mode
 from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx.experimental.symbolic_shapes import StrictMinMaxConstraint
 from torch.utils._python_dispatch import _disable_current_modes
 
 
@@ -112,6 +113,14 @@ def real_parameters(nodes: Sequence[fx.Node]) -> dict[str, nn.Parameter]:
         if isinstance(example, nn.Parameter) and example.requires_grad:
             found[node.name] = example
     return found
+
+
+def has_promised_ranges() -> bool:
+    """Whether the graph that is being compiled has a size that must work for a whole range, by ``mark_dynamic`` with bounds."""
+    context = TracingContext.try_get()
+    known = [] if context is None else context.tensor_to_context.values()
+    sizes = (size for one in known for size in getattr(one, "constraint_sizes", None) or ())
+    return any(isinstance(size, StrictMinMaxConstraint) for size in sizes)
 
 
 def graph_break_reasons() -> list[str]:

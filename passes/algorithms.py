@@ -23,6 +23,7 @@ from .plan import ParameterPlan
 from .replay import Sizes, Values, clipped_use, moved_for_each, run_tail, samples_first, tail_per_sample
 from .rules import Context
 from .sample_types import expression
+from .second_backward import Rerun
 
 ops = torch.ops.flashnorm
 
@@ -94,13 +95,28 @@ class Stored:
 
 @dataclass(frozen=True)
 class Factored:
-    """A gradient whose norms came from factors: the clipped sum is computed from operands, with G scaled on the way."""
+    """A gradient whose norms came from factors: the clipped sum is computed from operands, with G scaled on the way.
 
-    gradient: ParameterGradient
+    ``plan.again``: operands that are not held until then, but come from a second backward pass.
+    """
+
+    plan: ParameterPlan
     norms_sq: Tensor
     values: Values
     products: Mapping[fx.Node, Outer]
     """Factors of uses whose sum a kernel scales on the way, by use; the others' operands are scaled before."""
+
+    @property
+    def gradient(self) -> ParameterGradient:
+        return self.plan.gradient
+
+    def from_second(self, rerun: Rerun, sizes: Sizes) -> Factored:
+        """The same with the operands that the second backward computes."""
+        values = {**self.values, **{node: rerun[node] for node in self.plan.again}}
+        fused = kernels.fused(self.norms_sq.device)
+        terms = [_factor_values(factor, values, sizes) for factor in self.plan.factors if factor.kind == "outer"]
+        products = [factor for factor in self.plan.factors if factor.kind == "outer"]
+        return Factored(self.plan, self.norms_sq, values, _scaled_by_kernels(products, terms, fused))
 
     def released(self, release: Release, sizes: Sizes) -> Tensor:
         gradient, factors = self.gradient, release.factors[self.gradient.row]
@@ -126,14 +142,14 @@ def part_of(plan: ParameterPlan, values: Values, sizes: Sizes) -> Part:
     gradient = plan.gradient
     assert gradient.node is not None
     fused = kernels.fused(gradient.node.meta["val"].device)
-    if plan.chosen == "ghost":
+    if plan.norms == "ghost":
         terms = [_factor_values(factor, values, sizes) for factor in plan.factors]
         norms_sq = (kernels.squared_norms(terms) if fused else squared_norms(terms)).float()
-        return Factored(gradient, norms_sq, values, _scaled_by_kernels(plan, terms, fused))
-    if plan.chosen == "flash":
+        return Factored(plan, norms_sq, values, _scaled_by_kernels(plan.factors, terms, fused))
+    if plan.norms == "flash":
         products: list[Any] = [_factor_values(factor, values, sizes) for factor in plan.factors]
         norms_sq = kernels.squared_products(products) if fused else squared_products(products)
-        return Factored(gradient, norms_sq, values, _scaled_by_kernels(plan, products, fused))
+        return Factored(plan, norms_sq, values, _scaled_by_kernels(plan.factors, products, fused))
     if fused and plan.chosen == "materialize" and _is_product(plan):
         return Stored(gradient, *_products(plan, values, sizes))
     dense = _dense(plan, values, sizes)
@@ -155,7 +171,7 @@ def norms_of(parts: Sequence[Part]) -> tuple[Tensor, list[int]]:
     return torch.cat(found).t(), rows
 
 
-def released(parts: Sequence[Part], release: Release, sizes: Sizes) -> list[Tensor]:
+def released(parts: Sequence[Part], release: Release, sizes: Sizes, rerun: Rerun) -> list[Tensor]:
     """The released gradients, in the order of ``parts``."""
     found: dict[int, Tensor] = {}
     stored = [part for part in parts if isinstance(part, Stored) and part.at_once]
@@ -166,7 +182,13 @@ def released(parts: Sequence[Part], release: Release, sizes: Sizes) -> list[Tens
         for part, total in zip(group, sums, strict=True):
             is_complex = part.gradient.node.meta["val"].is_complex()  # type: ignore[union-attr]
             found[part.gradient.row] = torch.view_as_complex(total) if is_complex else total
-    return [found[p.gradient.row] if p.gradient.row in found else p.released(release, sizes) for p in parts]
+    late = {p.gradient.row: p for p in parts if isinstance(p, Factored) and p.plan.again}
+    for p in parts:
+        if p.gradient.row not in found and p.gradient.row not in late:
+            found[p.gradient.row] = p.released(release, sizes)
+    for row, again in sorted(late.items(), key=lambda item: max(map(rerun.moment, item[1].plan.again))):
+        found[row] = again.from_second(rerun, sizes).released(release, sizes)
+    return [found[p.gradient.row] for p in parts]
 
 
 def _dense(plan: ParameterPlan, values: Values, sizes: Sizes) -> Tensor:
@@ -218,11 +240,11 @@ def _outer_values(factor: Factor, values: Values, sizes: Sizes) -> Outer:
     return Outer(right, left.mT) if factor.swapped else Outer(left.mT, right)
 
 
-def _scaled_by_kernels(plan: ParameterPlan, terms: Sequence[Outer | Rows], fused: bool) -> dict[fx.Node, Outer]:
+def _scaled_by_kernels(factors: Sequence[Factor], terms: Sequence[Outer | Rows], fused: bool) -> dict[fx.Node, Outer]:
     """Products in the orientation of their use, by use. A convolution's are those of its input's patches (``fused``); on a CPU
     its own weight gradient is faster."""
     found: dict[fx.Node, Outer] = {}
-    for factor, term in zip(plan.factors, terms, strict=True):
+    for factor, term in zip(factors, terms, strict=True):
         if isinstance(term, Outer) and (fused or not is_convolution(factor)):
             found[factor.use.node] = Outer(term.a_btd, term.g_btp) if factor.swapped else term
     return found

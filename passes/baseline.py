@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 import sympy
@@ -30,19 +30,25 @@ def step_seconds(graph: fx.Graph, peaks: Peaks, number: Callable[[Expr], float])
 
     Element-wise chains are taken to be fused: their traffic is what they read that a kernel left in memory, and what one needs.
     """
-    stored = {arg for node in graph.nodes if reads_memory(node) for arg in node.all_input_nodes}
-    total = 0.0
-    for node in graph.nodes:
-        if node.op != "call_function" or is_view(node):
-            continue
-        if _packet(node) in FORMULAS:
-            kernel = Kernel(_flops(node, number), _traffic([*node.all_input_nodes, node]), _dtype(node))
-            total += kernel.seconds(peaks, number)
-        elif node in stored:
-            total += Kernel(traffic=_traffic([*(arg for arg in node.all_input_nodes if arg in stored), node])).seconds(
-                peaks, number
-            )
-    return total
+    stored = stored_values(graph)
+    kernels = (kernel_of(node, stored, number) for node in graph.nodes)
+    return sum(kernel.seconds(peaks, number) for kernel in kernels if kernel is not None)
+
+
+def stored_values(graph: fx.Graph) -> set[fx.Node]:
+    """What lies in memory because a kernel reads it from there."""
+    return {arg for node in graph.nodes if reads_memory(node) for arg in node.all_input_nodes}
+
+
+def kernel_of(node: fx.Node, stored: Set[fx.Node], number: Callable[[Expr], float]) -> Kernel | None:
+    """The kernel that computes a node; None where it costs nothing of its own."""
+    if node.op != "call_function" or is_view(node):
+        return None
+    if _packet(node) in FORMULAS:
+        return Kernel(_flops(node, number), _traffic([*node.all_input_nodes, node]), _dtype(node))
+    if node in stored:
+        return Kernel(traffic=_traffic([*(arg for arg in node.all_input_nodes if arg in stored), node]))
+    return None
 
 
 def _flops(node: fx.Node, number: Callable[[Expr], float]) -> Expr:

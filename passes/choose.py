@@ -1,23 +1,29 @@
 """One decision over all parameters: the cheapest choice of algorithms that fits into memory.
 
-Exact, by mixed-integer programming (scipy's HiGHS): with x_ij = 1 if gradient i uses way j,
+Exact, by mixed-integer programming (scipy's HiGHS): with x_ij = 1 if gradient i uses way j, y_v = 1 if value v stays in memory and
+r_v = 1 if it is computed a second time,
 
-    minimise  sum_ij seconds_ij x_ij  +  penalty * over
+    minimise  sum_ij seconds_ij x_ij  +  sum_v seconds_v r_v
     subject to  sum_j x_ij = 1 for each i,
-                y_n >= x_ij for each value n that way j of gradient i keeps alive,
-                sum_{ij: moment_i <= t} held_ij x_ij + sum_{n: moment_n <= t} bytes_n y_n  <=  room_t + over  for each moment t.
+                y_v >= x_ij for each value v that way j of gradient i keeps alive,
+                r_v >= x_ij for each value v that it needs again,
+                y_u + r_u >= r_v for each value u that v is computed from,
+                sum_{ij: moment_i <= t} held_ij x_ij + sum_{v: moment_v <= t} bytes_v y_v  <=  room_t + over  for each moment t,
+                the same at the last moment with the largest work_v r_v on the left.
 
-The moments are points of the backward pass: memory that activations have given back by then may be used by what is held. A
-value that several gradients keep (an input that three projections share) counts once.
+The moments are points of the backward pass: memory that activations have given back by then may be used by what is held. A value
+that several gradients keep (an input that three projections share) counts once, and so does one that several need again: the
+second backward pass is shared as far as it can be. (Jain et al. 2020, "Checkmate", choose in the same way what a forward keeps.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
 
 
 @dataclass(frozen=True)
@@ -30,98 +36,215 @@ class Kept:
 
 
 @dataclass(frozen=True)
+class Again:
+    """How a value is computed a second time: predicted seconds, the values it is made from, bytes in use meanwhile.
+
+    ``holdable``: whether it may be kept instead; what only exists inside a fused kernel cannot.
+    """
+
+    seconds: float
+    inputs: tuple[Kept, ...]
+    work: float = 0.0
+    holdable: bool = True
+
+
+Recipes = Mapping[Kept, Again]
+
+
+@dataclass(frozen=True)
 class Way:
-    """One algorithm for one gradient: predicted seconds, bytes of its own held from the gradient's moment on, values kept."""
+    """One algorithm for one gradient: predicted seconds, bytes of its own held from the gradient's moment on, values kept, and
+    values that are computed again once the clip factors are known."""
 
     seconds: float
     held: float
     kept: tuple[Kept, ...] = ()
+    again: tuple[Kept, ...] = ()
 
 
 @dataclass(frozen=True)
 class Decision:
     """``chosen[i]``: index of gradient i's way. ``over``: bytes by which the best choice still exceeds the budget. ``excess``: the
-    same, negative where that many bytes are left."""
+    same, negative where that many bytes are left, and ``moment`` when that is. ``again``: values that are computed a second time;
+    ``held``: values that this starts from; ``kept``: these, and what the ways keep."""
 
     chosen: tuple[int, ...]
     seconds: float
     over: float
     excess: float = 0.0
+    again: frozenset[Kept] = frozenset()
+    held: frozenset[Kept] = frozenset()
+    kept: frozenset[Kept] = frozenset()
+    moment: int = 0
 
 
-def choose(ways: Sequence[Sequence[Way]], moments: Sequence[int], room: Sequence[float]) -> Decision:
+@dataclass(frozen=True)
+class _Problem:
+    ways: Sequence[Sequence[Way]]
+    moments: Sequence[int]
+    room: Sequence[float]
+    recipes: Recipes = field(default_factory=dict)
+
+    def decision(self, chosen: Sequence[int], held: Iterable[Kept] = ()) -> Decision:
+        """What a choice of ways costs, where the second backward starts from the values ``held`` that it meets on its way."""
+        picked = [own[j] for own, j in zip(self.ways, chosen, strict=True)]
+        kept = {value for way in picked for value in way.kept}
+        may_start = kept | set(held)
+        again: set[Kept] = set()
+        met: set[Kept] = set()
+        pending = [value for way in picked for value in way.again]
+        while pending:
+            value = pending.pop()
+            if value in again:
+                continue
+            again.add(value)
+            for source in self.recipes[value].inputs:
+                known = source not in self.recipes or source in may_start
+                (met.add if known else pending.append)(source)
+        seconds = sum(way.seconds for way in picked) + sum(self.recipes[value].seconds for value in again)
+        work = max((self.recipes[value].work for value in again), default=0.0)
+        excess, moment = self._excess(picked, kept | met, work)
+        found = frozenset(again), frozenset(met), frozenset(kept | met)
+        return Decision(tuple(chosen), seconds, max(0.0, excess), excess, *found, moment)
+
+    def _excess(self, picked: Sequence[Way], kept: Iterable[Kept], work: float) -> tuple[float, int]:
+        """The largest number of bytes by which a decision exceeds its room at any moment, and that moment."""
+        if not len(self.room):
+            return 0.0, 0
+        arriving = np.zeros(len(self.room))
+        for way, moment in zip(picked, self.moments, strict=True):
+            arriving[moment] += way.held
+        for value in kept:
+            arriving[value.moment] += value.nbytes
+        used = np.cumsum(arriving)
+        used[-1] += work
+        excess = used - np.asarray(self.room)
+        return float(np.max(excess)), int(np.argmax(excess))
+
+
+def choose(
+    ways: Sequence[Sequence[Way]], moments: Sequence[int], room: Sequence[float], recipes: Recipes | None = None
+) -> Decision:
     """The cheapest decision that fits; where none fits, the one that exceeds the budget least, and cheapest among those.
 
     Args:
         ways: for each gradient, its ways (at least one each).
         moments: for each gradient, the index into ``room`` from which on its memory is held.
         room: bytes that may be held at each moment; empty: as many as one likes.
+        recipes: how values that ways need again are computed. What has no recipe there has to be kept.
     """
-    fastest = tuple(min(range(len(own)), key=lambda j: (own[j].seconds, own[j].held)) for own in ways)
-    if (excess := _excess(ways, fastest, moments, room)) <= 0:
-        return Decision(fastest, _seconds(ways, fastest), 0.0, excess)
-    least = _solve(ways, moments, room, over=None)
-    chosen = _solve(ways, moments, room, over=max(0.0, _excess(ways, least, moments, room)))
-    excess = _excess(ways, chosen, moments, room)
-    return Decision(chosen, _seconds(ways, chosen), max(0.0, excess), excess)
+    problem = _Problem(ways, moments, room, recipes or {})
+    fastest = choose_fastest(ways, moments, room, recipes)
+    if fastest.excess <= 0 and not fastest.again:
+        return fastest
+    least = _solve(problem, over=None)
+    return _solve(problem, over=least.over)
 
 
-def _seconds(ways: Sequence[Sequence[Way]], chosen: Sequence[int]) -> float:
-    return sum(own[j].seconds for own, j in zip(ways, chosen, strict=True))
+def choose_fastest(
+    ways: Sequence[Sequence[Way]], moments: Sequence[int], room: Sequence[float], recipes: Recipes | None = None
+) -> Decision:
+    """The fastest way for each gradient by itself, whatever memory that takes."""
+    chosen = [min(range(len(own)), key=lambda j: (own[j].seconds, own[j].held)) for own in ways]
+    return _Problem(ways, moments, room, recipes or {}).decision(chosen)
 
 
-def _excess(ways: Sequence[Sequence[Way]], chosen: Sequence[int], moments: Sequence[int], room: Sequence[float]) -> float:
-    """The largest number of bytes by which a decision exceeds its room at any moment."""
-    if not len(room):
-        return 0.0
-    arriving = np.zeros(len(room))
-    for own, j, moment in zip(ways, chosen, moments, strict=True):
-        arriving[moment] += own[j].held
-    for kept in {kept for own, j in zip(ways, chosen, strict=True) for kept in own[j].kept}:
-        arriving[kept.moment] += kept.nbytes
-    return float(np.max(np.cumsum(arriving) - np.asarray(room)))
-
-
-def _solve(ways: Sequence[Sequence[Way]], moments: Sequence[int], room: Sequence[float], over: float | None) -> tuple[int, ...]:
+def _solve(problem: _Problem, over: float | None) -> Decision:
     """Minimises seconds with the budget exceeded by ``over`` at most; with None, minimises the excess itself.
 
-    Variables, in this order: x for each (gradient, way), y for each kept value, the excess.
+    Variables, in this order: x for each (gradient, way), y for each value that may be kept, r for each that may be computed again,
+    the excess, the work.
     """
+    ways, recipes = problem.ways, problem.recipes
     pairs = [(i, j) for i, own in enumerate(ways) for j in range(len(own))]
-    values = sorted({kept for own in ways for way in own for kept in way.kept}, key=lambda kept: (kept.moment, kept.name))
-    columns = {kept: len(pairs) + k for k, kept in enumerate(values)}
-    width = len(pairs) + len(values) + 1
-    seconds = np.array([ways[i][j].seconds for i, j in pairs])
-    byte = max([ways[i][j].held for i, j in pairs] + [kept.nbytes for kept in values] + [1.0])
+    values = {value for own in ways for way in own for value in way.kept}
+    values |= {
+        source for recipe in recipes.values() for source in recipe.inputs if source not in recipes or recipes[source].holdable
+    }
+    rows = _Rows(
+        [*pairs, *(("y", v) for v in sorted(values, key=_order)), *(("r", v) for v in sorted(recipes, key=_order)), "over", "work"]
+    )
+    for i, own in enumerate(ways):
+        rows.add({(i, j): 1.0 for j in range(len(own))}, 1.0, 1.0)
+        for j, way in enumerate(own):
+            for value in way.kept:
+                rows.add({("y", value): 1.0, (i, j): -1.0}, 0.0)
+            for value in way.again:
+                rows.add({("r", value): 1.0, (i, j): -1.0}, 0.0)
+    byte = max([way.held for own in ways for way in own] + [value.nbytes for value in values] + [1.0])
+    for value, recipe in recipes.items():
+        for source in recipe.inputs:
+            row: dict[object, float] = {("r", value): -1.0}
+            row |= {("y", source): 1.0} if source in values else {}
+            rows.add(row | ({("r", source): 1.0} if source in recipes else {}), 0.0)
+        rows.add({"work": 1.0, ("r", value): -recipe.work / byte}, 0.0)
+    _add_memory(rows, problem, values, byte)
 
-    one_each = np.zeros((len(ways), width))
-    memory = np.zeros((len(room), width))
-    implied = []
-    for column, (i, j) in enumerate(pairs):
-        one_each[i, column] = 1
-        memory[moments[i] :, column] = ways[i][j].held / byte
-        for kept in ways[i][j].kept:
-            row = np.zeros(width)
-            row[columns[kept]], row[column] = 1, -1
-            implied.append(row)
-    for kept, column in columns.items():
-        memory[kept.moment :, column] = kept.nbytes / byte
-    memory[:, -1] = -1
+    seconds: dict[object, float] = {(i, j): ways[i][j].seconds for i, j in pairs}
+    seconds |= {("r", value): recipe.seconds for value, recipe in recipes.items()}
+    scale = max([abs(s) for s in seconds.values()] + [1e-30])
+    cost: dict[object, float] = {"over": 1.0} if over is None else {name: s / scale for name, s in seconds.items()}
+    upper = np.inf if over is None else over / byte * (1 + 1e-9) + 1e-9
+    whole = {*pairs, *(("y", value) for value in values if value in recipes)}
+    found = rows.minimise(cost, {"over": upper, "work": np.inf}, whole)
+    chosen = [max((found[(i, j)], -j, j) for j in range(len(own)))[2] for i, own in enumerate(ways)]
+    return problem.decision(chosen, [value for value in values if found[("y", value)] > 0.5])
 
-    cost, upper = np.zeros(width), np.ones(width)
-    if over is None:
-        cost[-1], upper[-1] = 1, np.inf
-    else:
-        cost[: len(pairs)] = seconds / max(np.abs(seconds).max(), 1e-30)
-        upper[-1] = over / byte * (1 + 1e-9) + 1e-9
-    constraints = [LinearConstraint(one_each, 1, 1), LinearConstraint(memory, -np.inf, np.asarray(room) / byte)]
-    if implied:
-        constraints.append(LinearConstraint(np.array(implied), 0, np.inf))
-    integrality = np.append(np.ones(len(pairs)), np.zeros(len(values) + 1))
-    for presolve in (True, False):  # HiGHS 1.12 gives up on some problems ("Solve error") that it solves without its presolve
-        options = {"mip_rel_gap": 0.0, "presolve": presolve}
-        found = milp(cost, integrality=integrality, bounds=Bounds(0, upper), constraints=constraints, options=options)
-        if found.x is not None:
-            break
-    assert found.x is not None, "some choice always exists: the excess is free, or one was found that has this excess"
-    return tuple(max((found.x[c], -j, j) for c, (k, j) in enumerate(pairs) if k == i)[2] for i in range(len(ways)))
+
+def _order(value: Kept) -> tuple[int, str]:
+    return value.moment, value.name
+
+
+def _add_memory(rows: _Rows, problem: _Problem, values: Iterable[Kept], byte: float) -> None:
+    """A row for each moment at which room can be short: what is held only grows, so a moment with more room than a later one does
+    not count."""
+    least = np.inf
+    last = len(problem.room) - 1
+    for t in range(last, -1, -1):
+        if problem.room[t] >= least and t != last:
+            continue
+        least = problem.room[t]
+        row: dict[object, float] = {
+            (i, j): way.held / byte
+            for i, own in enumerate(problem.ways)
+            for j, way in enumerate(own)
+            if problem.moments[i] <= t and way.held
+        }
+        row |= {("y", value): value.nbytes / byte for value in values if value.moment <= t}
+        rows.add({**row, "over": -1.0, **({"work": 1.0} if t == last else {})}, -np.inf, least / byte)
+
+
+class _Rows:
+    """A linear program under construction: variables between 0 and 1 by name, rows of coefficients between two limits."""
+
+    def __init__(self, names: Sequence[object]) -> None:
+        self._columns = {name: column for column, name in enumerate(names)}
+        self._entries: list[tuple[int, int, float]] = []
+        self._limits: list[tuple[float, float]] = []
+
+    def add(self, row: Mapping[object, float], low: float, high: float = np.inf) -> None:
+        """``low <= sum of coefficient * variable <= high``."""
+        self._entries += [(len(self._limits), self._columns[name], coefficient) for name, coefficient in row.items()]
+        self._limits.append((low, high))
+
+    def minimise(
+        self, cost: Mapping[object, float], upper: Mapping[object, float], whole: Iterable[object]
+    ) -> Mapping[object, float]:
+        """The variables' values at an optimum. ``upper``: bounds other than 1; ``whole``: variables that must be 0 or 1."""
+        width = len(self._columns)
+        costs, bounds, integrality = np.zeros(width), np.ones(width), np.zeros(width)
+        for name, value in cost.items():
+            costs[self._columns[name]] = value
+        for name, value in upper.items():
+            bounds[self._columns[name]] = value
+        integrality[[self._columns[name] for name in whole]] = 1
+        lines, columns, entries = zip(*self._entries, strict=True)
+        matrix = csr_array((entries, (lines, columns)), shape=(len(self._limits), width))
+        constraints = LinearConstraint(matrix, *np.array(self._limits).T)
+        for presolve in (True, False):  # HiGHS 1.12 gives up on some problems ("Solve error") that it solves without its presolve
+            options = {"mip_rel_gap": 0.0, "presolve": presolve}
+            found = milp(costs, integrality=integrality, bounds=Bounds(0, bounds), constraints=constraints, options=options)
+            if found.x is not None:
+                break
+        assert found.x is not None, "some choice always exists: the excess is free, or one was found that has this excess"
+        return {name: float(found.x[column]) for name, column in self._columns.items()}

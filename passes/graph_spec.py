@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
 
-Algorithm = Literal["auto", "materialize", "ghost", "flash"]
+Algorithm = Literal["auto", "materialize", "ghost", "flash", "recompute"]
 
 
 class Role(Enum):

@@ -33,6 +33,7 @@ class Timeline:
     ``peak``: the most that the non-private step holds at once, gradients included. ``gradients``: bytes of all of them.
     ``order``: node name -> its moment.
     ``died``: name of the node that owns memory -> moment after which nobody needs it; a name that is missing has none of its own.
+    ``saved``: names of the values that the backward is given: inputs, and what the forward saves.
     """
 
     alive: tuple[float, ...]
@@ -41,6 +42,7 @@ class Timeline:
     order: dict[str, int] = field(repr=False)
     died: dict[str, int] = field(repr=False)
     bytes_of: dict[str, float] = field(repr=False)
+    saved: frozenset[str] = field(default=frozenset(), repr=False)
 
     def made(self, node: fx.Node) -> int:
         """The moment at which a node of the joint graph runs (0: in the forward)."""
@@ -74,7 +76,8 @@ def timeline(graph: fx.Graph, gradients: Iterable[fx.Node], number: Number) -> T
             alive[t] += 0.0 if name in leaving else sizes[name]
     order = {node.name: t for t, node in enumerate(nodes)}
     gradient_bytes = sum(sizes[name] for name in leaving)
-    return Timeline(tuple(alive), max(with_gradients, default=0.0), gradient_bytes, order, died, sizes)
+    saved = frozenset(node.name for node in nodes if node.op == "placeholder")
+    return Timeline(tuple(alive), max(with_gradients, default=0.0), gradient_bytes, order, died, sizes, saved)
 
 
 def _scheduled(nodes: list[fx.Node]) -> list[fx.Node]:

@@ -19,6 +19,7 @@ from torch import fx
 from . import choose
 from .baseline import step_seconds
 from .costs import Cost, release
+from .crossovers import excess_bytes, guard_signs, is_dynamic, time_differences
 from .errors import OptionsError
 from .factored import Factor, use_kind
 from .graph_spec import GraphSpec
@@ -27,9 +28,10 @@ from .memory import Timeline, owner_of, timeline
 from .peaks import Peaks, peaks_of
 from .rules import Context
 from .sample_types import Expr
+from .second_backward import SecondBackward, after_tangents, recipes, second_backward, value_of
 from .ways import Way, ways_of
 
-Chosen = Literal["materialize", "ghost", "flash", "single", "empty", "constant", "unused"]
+Chosen = Literal["materialize", "ghost", "flash", "recompute", "single", "empty", "constant", "unused"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,10 @@ class Alternative:
 
 @dataclass(frozen=True)
 class ParameterPlan:
-    """``cost``: what privacy adds for this parameter. ``seconds``: the prediction for it."""
+    """``cost``: what privacy adds for this parameter. ``seconds``: the prediction for it. ``norms``: what computes the norms.
+
+    ``again``: operands of the clipped sum that a second backward computes. ``cost`` leaves that out, as parameters share it.
+    """
 
     gradient: ParameterGradient
     chosen: Chosen
@@ -53,6 +58,8 @@ class ParameterPlan:
     cost: Cost = field(default=Cost(), repr=False)
     seconds: float = 0.0
     considered: tuple[Alternative, ...] = field(default=(), repr=False)
+    norms: str = ""
+    again: tuple[fx.Node, ...] = field(default=(), repr=False)
 
     @property
     def name(self) -> str:
@@ -63,7 +70,7 @@ class ParameterPlan:
 class Plan:
     """The decision for a graph. ``peak``, ``step``: predicted bytes and seconds of the non-private step; ``budget``: bytes that
     the private one may take, ``over``: bytes by which the best choice still exceeds it, ``private_peak``: what it is predicted to
-    take. Zero where nothing had to be decided."""
+    take. Zero where nothing had to be decided. ``second``: what runs a second time, and ``second_seconds`` what that takes."""
 
     parameters: tuple[ParameterPlan, ...]
     peaks: Peaks | None = None
@@ -72,11 +79,14 @@ class Plan:
     budget: float = 0.0
     over: float = 0.0
     private_peak: float = 0.0
+    second: SecondBackward = field(default_factory=SecondBackward)
+    second_seconds: float = 0.0
 
     @property
     def ratio(self) -> float | None:
         """Predicted time of the private step over the non-private one."""
-        return 1 + sum(plan.seconds for plan in self.parameters) / self.step if self.step else None
+        added = sum(plan.seconds for plan in self.parameters) + self.second_seconds
+        return 1 + added / self.step if self.step else None
 
 
 def plan_gradients(graph: fx.Graph, gradients: list[ParameterGradient], spec: GraphSpec, ctx: Context) -> Plan:
@@ -91,8 +101,11 @@ def plan_gradients(graph: fx.Graph, gradients: list[ParameterGradient], spec: Gr
         return Plan(tuple(fixed[g.name] for g in gradients))
     number = _Numbers(graph)
     peaks = peaks_of(_device(free[0]))
-    ways = {g.name: _allowed(g, ways_of(g, ctx), spec) for g in free}
-    decided, line, budget = _decide(graph, gradients, free, ways, spec, peaks, number)
+    backward = after_tangents(graph)
+    ways = {g.name: _fastest_of_each(_allowed(g, ways_of(g, ctx, backward), spec), peaks, number) for g in free}
+    found = _decide(graph, gradients, free, ways, spec, peaks, number)
+    decided, line, budget = found.decision, found.line, found.budget
+    _guard_crossovers(graph, gradients, [ways[g.name] for g in free], found, spec, peaks, number)
     plans = dict(fixed)
     for gradient, j in zip(free, decided.chosen, strict=True):
         own = ways[gradient.name]
@@ -108,13 +121,17 @@ def plan_gradients(graph: fx.Graph, gradients: list[ParameterGradient], spec: Gr
             own[j].cost,
             seconds[j],
             considered,
+            own[j].norms,
+            own[j].again,
         )
     step = step_seconds(graph, peaks, number)
     parameters = tuple(plans[g.name] for g in gradients)
     if line is None:
         return Plan(parameters, peaks, step)
     private_peak = max(budget + decided.excess, line.gradients)
-    return Plan(parameters, peaks, step, line.peak, budget, decided.over, private_peak)
+    second = second_backward((node for plan in parameters for node in plan.again), decided, line)
+    again = decided.seconds - sum(plan.seconds for plan in parameters)
+    return Plan(parameters, peaks, step, line.peak, budget, decided.over, private_peak, second, again)
 
 
 def _without_choice(gradient: ParameterGradient, ctx: Context) -> ParameterPlan | None:
@@ -157,7 +174,31 @@ def _allowed(gradient: ParameterGradient, ways: list[Way], spec: GraphSpec) -> l
     return found or ways[:1]
 
 
-_FORM = {"ghost": "a sum of plain matrix products and embedding rows", "flash": "a sum of plain matrix products over positions"}
+_FORM = {
+    "ghost": "a sum of plain matrix products and embedding rows",
+    "flash": "a sum of plain matrix products over positions",
+    "recompute": "a sum of plain matrix products and embedding rows whose operands the backward could compute a second time",
+}
+
+
+def _fastest_of_each(ways: Sequence[Way], peaks: Peaks, number: _Numbers) -> list[Way]:
+    """One way for each algorithm: a second backward may follow norms of several kinds."""
+    found: dict[str, Way] = {}
+    for way in sorted(ways, key=lambda way: way.cost.seconds(peaks, number)):
+        found.setdefault(way.algorithm, way)
+    return [way for way in ways if found[way.algorithm] is way]
+
+
+@dataclass(frozen=True)
+class _Decided:
+    """The choice for each gradient that has one, with the timeline and the bytes that it was made on; None and 0 where memory could
+    not matter. ``fastest``: the choice without a budget; ``moments``: when each gradient's memory begins to be held."""
+
+    decision: choose.Decision
+    fastest: choose.Decision
+    moments: tuple[int, ...]
+    line: Timeline | None = None
+    budget: float = 0.0
 
 
 def _decide(
@@ -168,25 +209,57 @@ def _decide(
     spec: GraphSpec,
     peaks: Peaks,
     number: _Numbers,
-) -> tuple[choose.Decision, Timeline | None, float]:
-    """The choice for each of ``free``, with the timeline that it was made on (None where memory could not matter)."""
+) -> _Decided:
     options = [[choose.Way(w.cost.seconds(peaks, number), number(w.cost.held)) for w in ways[g.name]] for g in free]
-    if all(len(own) == 1 for own in options):
-        return choose.choose(options, [0] * len(free), []), None, 0.0
+    every = [way for g in free for way in ways[g.name]]
+    if all(len(own) == 1 for own in options) and not any(way.again for way in every):
+        moments = [0] * len(free)
+        only = choose.choose(options, moments, [])
+        return _Decided(only, only, tuple(moments))
     line = timeline(graph, [g.leaving for g in gradients if g.leaving is not None], number)
     budget = spec.memory_budget * line.peak if isinstance(spec.memory_budget, float) else float(spec.memory_budget)
-    kept = [[_kept(way, line, number) for way in ways[g.name]] for g in free]
+    values = [[(_kept(w.kept, line, number), _kept(w.again, line, number)) for w in ways[g.name]] for g in free]
     with_kept = [
-        [choose.Way(o.seconds, o.held, k) for o, k in zip(own, nodes, strict=True)]
-        for own, nodes in zip(options, kept, strict=True)
+        [choose.Way(o.seconds, o.held, *own_values) for o, own_values in zip(own, nodes, strict=True)]
+        for own, nodes in zip(options, values, strict=True)
     ]
+    again = recipes(graph, dict.fromkeys(node for way in every for node in way.again), line, peaks, number)
     moments = [line.made(g.uses[-1].operation) for g in free]
-    return choose.choose(with_kept, moments, [budget - alive for alive in line.alive]), line, budget
+    room = [budget - alive for alive in line.alive]
+    decided = choose.choose(with_kept, moments, room, again)
+    fastest = choose.choose_fastest(with_kept, moments, room, again)
+    return _Decided(decided, fastest, tuple(moments), line, budget)
 
 
-def _kept(way: Way, line: Timeline, number: _Numbers) -> tuple[choose.Kept, ...]:
-    owners = dict.fromkeys(owner_of(node) for node in way.kept)
-    return tuple(line.kept(node, number) for node in owners if node.op != "placeholder")
+def _guard_crossovers(
+    graph: fx.Graph,
+    gradients: Sequence[ParameterGradient],
+    ways: Sequence[Sequence[Way]],
+    found: _Decided,
+    spec: GraphSpec,
+    peaks: Peaks,
+    number: _Numbers,
+) -> None:
+    """With dynamic sizes, what was decided holds for sizes at which it would be decided alike."""
+    if not is_dynamic(graph):
+        return
+    signs: list[Expr] = []
+    for own in ways:
+        held = [way for way in own if not way.again]
+        if len(held) > 1:
+            signs += time_differences(held, peaks, min(held, key=lambda way: way.cost.seconds(peaks, number)))
+    leaving = {owner_of(g.leaving).name for g in gradients if g.leaving is not None}
+    for decision in dict.fromkeys((found.decision, found.fastest)):
+        if found.line is None:
+            break
+        picked = [own[j] for own, j in zip(ways, decision.chosen, strict=True)]
+        signs.append(excess_bytes(graph, picked, found.moments, decision, found.line, spec.memory_budget, leaving))
+    guard_signs(signs, graph)
+
+
+def _kept(nodes: Sequence[fx.Node], line: Timeline, number: _Numbers) -> tuple[choose.Kept, ...]:
+    values = dict.fromkeys(value_of(node, line, number) for node in nodes)
+    return tuple(value for value in values if value is not None)
 
 
 def _why(
@@ -197,7 +270,7 @@ def _why(
         return f"asked for by norm_algorithm ({glob!r})"
     if len(own) == 1:
         return "the only form that fits"
-    fastest = min(range(len(own)), key=seconds.__getitem__)
+    fastest = min((i for i in range(len(own)) if not own[i].again), key=seconds.__getitem__)
     if j != fastest:
         return f"{own[fastest].algorithm} would be faster and does not fit the memory budget"
     return f"least time ({', '.join(f'{way.algorithm} {1e6 * s:.0f} us' for way, s in zip(own, seconds, strict=True))})"

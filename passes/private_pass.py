@@ -61,7 +61,7 @@ class PrivateGradientsPass(CustomGraphPass):
                 gradients = match_gradients(graph, self.spec, ctx) if ctx.types else _empty_batch(graph, self.spec)
                 plan = plan_gradients(graph, gradients, self.spec, ctx)
             with dynamo_timed("flashnorm.rewrite"):
-                rewrite_gradients(graph, self.spec, ctx, list(plan.parameters))
+                rewrite_gradients(graph, self.spec, ctx, plan)
                 mark_recomputed_pass(graph, self.spec)
             self._show("after", graph, Outcome(ctx.batch, plan, replacements))
 

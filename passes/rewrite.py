@@ -23,29 +23,31 @@ from .collectives import drop_unused
 from .factored import unwidened
 from .graph_spec import GraphSpec, Role
 from .match import gradient_outputs
-from .plan import ParameterPlan
+from .plan import ParameterPlan, Plan
 from .replay import Sizes, Values
 from .rules import Context
+from .second_backward import Rerun, SecondBackward
 from .type_samples import placeholder_specs
 
 aten = torch.ops.aten
 
 
-def rewrite_gradients(graph: fx.Graph, spec: GraphSpec, ctx: Context, plans: list[ParameterPlan]) -> None:
+def rewrite_gradients(graph: fx.Graph, spec: GraphSpec, ctx: Context, plan: Plan) -> None:
     """Replaces every trainable parameter's gradient output by the clipped and noised one, in place."""
-    private = [plan for plan in plans if plan.gradient.private]
+    plans = list(plan.parameters)
+    private = [own for own in plans if own.gradient.private]
     if not private:
         return
-    inputs = _inputs_of(graph, spec, private)
+    inputs = _inputs_of(graph, spec, private, plan.second)
     batch_node, dim = next((n, g.dim) for n, g in placeholder_specs(graph, spec) if g.role is Role.PRIVATE)
-    writer = _Writer(spec, private, inputs, batch_node, dim)
+    writer = _Writer(spec, private, plan.second, inputs, batch_node, dim)
     released = _inline(graph, writer.trace(), inputs)
     output = graph.output_node()
     outputs = list(output.args[0])  # type: ignore[arg-type]
-    for plan, node in zip(private, released, strict=True):
-        outputs[plan.gradient.output] = node
+    for own, node in zip(private, released, strict=True):
+        outputs[own.gradient.output] = node
     output.args = (type(output.args[0])(outputs) if isinstance(output.args[0], tuple) else outputs,)
-    drop_unused(graph, (node for plan in private if plan.gradient.reduced is not None for node in plan.gradient.reduced.way))
+    drop_unused(graph, (node for own in private if own.gradient.reduced is not None for node in own.gradient.reduced.way))
     graph.eliminate_dead_code()
     _drop_unused_outputs(graph)
     graph.lint()
@@ -78,9 +80,9 @@ def _check_released(graph: fx.Graph, spec: GraphSpec, plans: list[ParameterPlan]
             raise AssertionError(f"the gradient of {name!r} would leave the graph without noise")
 
 
-def _inputs_of(graph: fx.Graph, spec: GraphSpec, plans: list[ParameterPlan]) -> list[fx.Node]:
+def _inputs_of(graph: fx.Graph, spec: GraphSpec, plans: list[ParameterPlan], second: SecondBackward) -> list[fx.Node]:
     """The nodes whose values the private computation reads, in graph order."""
-    needed: set[fx.Node] = set()
+    needed: set[fx.Node] = second.inputs
     for plan in plans:
         gradient = plan.gradient
         inside = {use.node for use in gradient.uses} | set(gradient.tail)
@@ -98,8 +100,16 @@ def _inputs_of(graph: fx.Graph, spec: GraphSpec, plans: list[ParameterPlan]) -> 
 class _Writer:
     """Builds the private gradients from values of existing nodes."""
 
-    def __init__(self, spec: GraphSpec, plans: list[ParameterPlan], inputs: list[fx.Node], batch_node: fx.Node, dim: int) -> None:
-        self.spec, self.plans, self.inputs = spec, plans, inputs
+    def __init__(
+        self,
+        spec: GraphSpec,
+        plans: list[ParameterPlan],
+        second: SecondBackward,
+        inputs: list[fx.Node],
+        batch_node: fx.Node,
+        dim: int,
+    ) -> None:
+        self.spec, self.plans, self.second, self.inputs = spec, plans, second, inputs
         self.batch_node, self.dim = batch_node, dim
 
     def trace(self) -> fx.GraphModule:
@@ -117,7 +127,8 @@ class _Writer:
         norms_sq, rows = norms_of(parts)
         handle, after = self._state(values)
         found = torch.ops.flashnorm.release(handle, norms_sq, after, rows, len(self.spec.parameters), self.spec.parts)
-        return released(parts, Release(*found), sizes)
+        factors = Release(*found)
+        return released(parts, factors, sizes, Rerun(self.second, values, (factors.factors >= 0).all()))
 
     def _state(self, values: Values) -> tuple[Tensor, Tensor]:
         position = next(i for i, given in enumerate(self.spec.inputs) if given.role is Role.HANDLE)

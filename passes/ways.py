@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Set
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import sympy
@@ -14,20 +15,43 @@ from .costs import GRAM, WIDE, ZERO, Cost, Kernel, Product, dense_norm_and_sum, 
 from .factored import Factor, contraction_length, factored, is_convolution, unwidened
 from .match import SCATTERS, ParameterGradient
 from .rules import Context
+from .second_backward import is_repeatable, source
 
 
 @dataclass(frozen=True)
 class Way:
-    """One algorithm with its cost. ``kept``: nodes whose values stay alive until the clip factors are known."""
+    """One algorithm with its cost. ``norms``: what computes the norms. ``kept``: nodes whose values stay alive until the clip
+    factors are known; ``again``: those that are computed a second time then."""
 
-    algorithm: Literal["materialize", "ghost", "flash"]
+    algorithm: Literal["materialize", "ghost", "flash", "recompute"]
     cost: Cost
     factors: tuple[Factor, ...] = field(default=(), repr=False)
     kept: tuple[fx.Node, ...] = field(default=(), repr=False)
+    again: tuple[fx.Node, ...] = field(default=(), repr=False)
+    norms: Literal["materialize", "ghost", "flash"] = "materialize"
 
 
-def ways_of(gradient: ParameterGradient, ctx: Context) -> list[Way]:
-    """Every way that fits a gradient with uses: ``materialize`` always, others where it is a sum of products and rows."""
+def ways_of(gradient: ParameterGradient, ctx: Context, backward: Set[fx.Node]) -> list[Way]:
+    """Every way that fits a gradient with uses: ``materialize`` always, others where it is a sum of products and rows.
+
+    ``backward``: the values of the backward pass. Those may be computed again; the others are there because the forward left them.
+    """
+    found = _held(gradient, ctx)
+    return [*found, *(_recompute(way, backward) for way in found if way.kept and _may_recompute(way, backward))]
+
+
+def _may_recompute(way: Way, backward: Set[fx.Node]) -> bool:
+    late = [source(node) for node in way.kept if node in backward]
+    return bool(late) and all(node in backward and is_repeatable(node) for node in late)
+
+
+def _recompute(way: Way, backward: Set[fx.Node]) -> Way:
+    """The same norms; what the clipped sum reads of the backward is made again and not held."""
+    again = tuple(node for node in way.kept if node in backward)
+    return replace(way, algorithm="recompute", kept=tuple(node for node in way.kept if node not in backward), again=again)
+
+
+def _held(gradient: ParameterGradient, ctx: Context) -> list[Way]:
     assert gradient.node is not None
     factors = factored(gradient, ctx)
     product = _product(gradient, factors, ctx) if factors else None
@@ -61,9 +85,9 @@ def _fused(
     found = [Way("materialize", dense, factors or ())]
     if factors is not None:
         cost = fused_costs.ghost(product, _lookups(rows, ctx) if rows else None, convolution, target)
-        found.append(Way("ghost", cost, factors, _kept(gradient)))
+        found.append(Way("ghost", cost, factors, _kept(gradient), norms="ghost"))
     if factors is not None and product is not None and streams:
-        found.append(Way("flash", fused_costs.flash(product, target), factors, _kept(gradient)))
+        found.append(Way("flash", fused_costs.flash(product, target), factors, _kept(gradient), norms="flash"))
     return found
 
 
@@ -131,10 +155,11 @@ def _ghost(gradient: ParameterGradient, factors: tuple[Factor, ...], product: Pr
     # A convolution's input patches are written out, and once more in the inner products' type.
     patches = product is not None and any(is_convolution(f) for f in factors)
     held = (WIDE + GRAM) * product.batch * product.length * product.d if patches else ZERO  # type: ignore[union-attr]
-    return Way("ghost", Cost(parts, replaced, held), factors, _kept(gradient))
+    return Way("ghost", Cost(parts, replaced, held), factors, _kept(gradient), norms="ghost")
 
 
 def _flash(gradient: ParameterGradient, factors: tuple[Factor, ...], product: Product) -> Way:
     """Products per sample that are squared and added as they are made; then the sum from scaled operands."""
     norm = (product.per_sample(), Kernel(traffic=product.dense_bytes), Kernel(traffic=product.operands))
-    return Way("flash", Cost(norm + scaled_sum(product), (product.summed(),), ZERO), factors, _kept(gradient))
+    cost = Cost(norm + scaled_sum(product), (product.summed(),), ZERO)
+    return Way("flash", cost, factors, _kept(gradient), norms="flash")

@@ -1165,7 +1165,7 @@ def _finish(b: Builder, mixing: bool, scaled: bool) -> Program:
         steps=tuple(b.steps),
         losses=losses,
         clipping=b.pick(["flat", "flat", "per_layer", "group", "automatic"]),
-        norm_algorithm=b.pick(["auto", "auto", "materialize", "ghost", "flash"]),
+        norm_algorithm=b.pick(["auto", "auto", "materialize", "ghost", "flash", "recompute"]),
         loss_reduction=reduction,
         expected_batch_size=b.pick([None, None, 4.0]) if reduction == "mean" else None,
         loss_outside=outside,

@@ -157,6 +157,8 @@ def options_for(program: Program, clip_norm: float) -> dict[str, Any]:
         "loss_reduction": program.loss_reduction,
         "batch_dims": program.batch_dims,
     }
+    if program.norm_algorithm == "recompute":
+        options["memory_budget"] = 1.0  # nothing may be held that can be computed again
     if program.clipping == "group":
         options["groups"] = {"layer0.*": 0.6 * clip_norm, "*": 0.8 * clip_norm}
     if program.expected_batch_size is not None:

@@ -76,9 +76,9 @@ def _calls(parameter: ParameterPlan) -> list[str]:
     rows = len(products) < len(parameter.factors)
     if parameter.chosen == "materialize":
         return ["weight_grads"] if products and not rows and not any(map(is_convolution, products)) else []
-    if parameter.chosen == "flash":
+    if parameter.norms == "flash":
         return ["flash_norm", *["clipped_sum"] * len(products)]
-    if parameter.chosen != "ghost":
+    if parameter.norms != "ghost":
         return []
     outer_product = not rows and _positions(products[0]) == 1
     norms = ["ghost_norm"] * (bool(products) and not outer_product) + ["embedding_norm", "sort_indices"] * rows
@@ -112,7 +112,7 @@ def test_generated_code_is_the_plan(name: str) -> None:
     assert calls == planned
     assert together["release"] == 1
     assert together["weighted_sums_noise"] <= 2 + sum(_released_bytes(plan)) / 2**25 + len(plan.parameters) / 64
-    summed = sum(parameter.chosen in ("ghost", "flash") for parameter in plan.parameters)
+    summed = sum(parameter.norms in ("ghost", "flash") for parameter in plan.parameters)
     assert together["add_noise"] + together["_add_noise_into"] == summed, "a pass of its own only after a sum of products"
 
 

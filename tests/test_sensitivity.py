@@ -87,6 +87,7 @@ MODES: dict[str, dict[str, Any]] = {
     "flat": {},
     "materialize": {"norm_algorithm": "materialize"},
     "ghost": {"norm_algorithm": "ghost"},
+    "recompute": {"norm_algorithm": "recompute", "memory_budget": 1.0},
     "per_layer": {"clipping": "per_layer"},
     "group": {"clipping": "group", "groups": {"project.*": 0.3, "*": 0.4}},
     "automatic": {"clipping": "automatic"},
