@@ -386,6 +386,16 @@ INDEPENDENT: dict[str, Program] = {
         step("v5", "lerp", "v2", "v4"),
         dynamic=True,
     ),
+    "targets of a size that only the loss ties to the batch's, which a guard has fixed": program(
+        2,
+        [Input("ids", (B, 2), bound=4), Input("targets", (4, B), bound=2)],
+        [Param("w0", (4, 2))],
+        step("v0", "permute", "ids", order=(1, 0)),
+        step("v1", "one_hot", "v0", "w0"),
+        step("v2", "repeat_interleave", "v1", repeats=2, dim=0),
+        losses=(step("l0", "cross_entropy", "v2", "targets", style="flat", reduction="mean"),),
+        dynamic=True,
+    ),
     "rows of a table plus its transpose": program(
         4,
         [Input("ids", (B,), bound=4)],

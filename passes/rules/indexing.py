@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..sample_types import PUBLIC, Axis, Mixed, PerSample, Public, SampleSum, SampleType, expression
+from ..sample_types import PUBLIC, Axis, Mixed, PerSample, Public, SampleSum, SampleType, divides, expression
 from .join import NONLINEAR_SCALE, NONLINEAR_SUM, TWO_AXES, additive, is_zero, pointwise
 from .registry import Context, Result, rule
 
@@ -263,7 +263,7 @@ def gather(ctx: Context, node: fx.Node) -> Result:
     if isinstance(source, Public):
         return PerSample(index_.axis, source.scale)
     if isinstance(source, PerSample):
-        own = source.axis == index_.axis and source.axis.dim != dim and _same_size(ctx, x, indices, source.axis.dim)
+        own = source.axis == index_.axis and source.axis.dim != dim  # an index may be shorter: it holds whole periods
         if own or ctx.batch == 1:
             return source
     return ctx.mixed(node, PICKS)
@@ -308,8 +308,8 @@ def scatter(ctx: Context, node: fx.Node) -> Result:
     if not is_zero(ctx, x) and base.scale != value.scale and not is_zero(ctx, values):
         return ctx.mixed(node, NONLINEAR_SCALE)
     if axis.dim != dim:
-        same = _same_size(ctx, x, indices, axis.dim)
-        return PerSample(axis, scale) if same or ctx.batch == 1 else ctx.mixed(node, PICKS)
+        whole = isinstance(base, PerSample) or divides(ctx.batch * axis.inner, ctx.shape(x)[axis.dim])
+        return PerSample(axis, scale) if whole or ctx.batch == 1 else ctx.mixed(node, PICKS)
     if adds and is_zero(ctx, x):
         return SampleSum(scale)
     return ctx.mixed(node, WRITES)
