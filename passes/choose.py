@@ -19,7 +19,7 @@ second backward pass is shared as far as it can be. (Jain et al. 2020, "Checkmat
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -137,8 +137,33 @@ def choose(
     fastest = choose_fastest(ways, moments, room, recipes)
     if fastest.excess <= 0 and not fastest.again:
         return fastest
-    least = _solve(problem, over=None)
-    return _solve(problem, over=least.over)
+    # Many equal layers of a second backward can take the solver minutes. Where the problem is large, it is looked at only if
+    # nothing else fits, and for a few seconds.
+    large = len(problem.recipes) > _FEW_RECIPES
+    held = _without_again(problem)
+    first = fastest if held is None else _best(held)
+    if large and held is not None and not first.over:
+        return first
+    found = _best(problem, _SECONDS if large else np.inf, first)
+    return min(first, found, key=lambda decision: (round(decision.over), decision.seconds))
+
+
+_FEW_RECIPES, _SECONDS = 40, 4.0
+
+
+def _without_again(problem: _Problem) -> _Problem | None:
+    """The problem without a second backward; None where some gradient has no other way. Infinite seconds mark what is left out."""
+    if any(all(way.again for way in own) for own in problem.ways):
+        return None
+    never = Way(np.inf, np.inf)
+    return replace(problem, ways=[[never if way.again else way for way in own] for own in problem.ways], recipes={})
+
+
+def _best(problem: _Problem, at_most_s: float = np.inf, known: Decision | None = None) -> Decision:
+    """The least excess first, the least time among what exceeds no more; ``known`` where the solver finds nothing in its time."""
+    least = _solve(problem, None, at_most_s) or known
+    assert least is not None
+    return _solve(problem, least.over, at_most_s) or known or least
 
 
 def choose_fastest(
@@ -149,14 +174,14 @@ def choose_fastest(
     return _Problem(ways, moments, room, recipes or {}).decision(chosen)
 
 
-def _solve(problem: _Problem, over: float | None) -> Decision:
+def _solve(problem: _Problem, over: float | None, at_most_s: float = np.inf) -> Decision | None:
     """Minimises seconds with the budget exceeded by ``over`` at most; with None, minimises the excess itself.
 
     Variables, in this order: x for each (gradient, way), y for each value that may be kept, r for each that may be computed again,
     the excess, the work.
     """
     ways, recipes = problem.ways, problem.recipes
-    pairs = [(i, j) for i, own in enumerate(ways) for j in range(len(own))]
+    pairs = [(i, j) for i, own in enumerate(ways) for j, way in enumerate(own) if way.seconds < np.inf]
     values = {value for own in ways for way in own for value in way.kept}
     values |= {
         source for recipe in recipes.values() for source in recipe.inputs if source not in recipes or recipes[source].holdable
@@ -165,13 +190,13 @@ def _solve(problem: _Problem, over: float | None) -> Decision:
         [*pairs, *(("y", v) for v in sorted(values, key=_order)), *(("r", v) for v in sorted(recipes, key=_order)), "over", "work"]
     )
     for i, own in enumerate(ways):
-        rows.add({(i, j): 1.0 for j in range(len(own))}, 1.0, 1.0)
+        rows.add({(i, j): 1.0 for j, way in enumerate(own) if way.seconds < np.inf}, 1.0, 1.0)
         for j, way in enumerate(own):
             for value in way.kept:
                 rows.add({("y", value): 1.0, (i, j): -1.0}, 0.0)
             for value in way.again:
                 rows.add({("r", value): 1.0, (i, j): -1.0}, 0.0)
-    byte = max([way.held for own in ways for way in own] + [value.nbytes for value in values] + [1.0])
+    byte = max([ways[i][j].held for i, j in pairs] + [value.nbytes for value in values] + [1.0])
     for value, recipe in recipes.items():
         for source in recipe.inputs:
             row: dict[object, float] = {("r", value): -1.0}
@@ -186,8 +211,10 @@ def _solve(problem: _Problem, over: float | None) -> Decision:
     cost: dict[object, float] = {"over": 1.0} if over is None else {name: s / scale for name, s in seconds.items()}
     upper = np.inf if over is None else over / byte * (1 + 1e-9) + 1e-9
     whole = {*pairs, *(("y", value) for value in values if value in recipes)}
-    found = rows.minimise(cost, {"over": upper, "work": np.inf}, whole)
-    chosen = [max((found[(i, j)], -j, j) for j in range(len(own)))[2] for i, own in enumerate(ways)]
+    found = rows.minimise(cost, {"over": upper, "work": np.inf}, whole, at_most_s)
+    if found is None:
+        return None
+    chosen = [max((found.get((i, j), -1.0), -j, j) for j in range(len(own)))[2] for i, own in enumerate(ways)]
     return problem.decision(chosen, [value for value in values if found[("y", value)] > 0.5])
 
 
@@ -208,7 +235,7 @@ def _add_memory(rows: _Rows, problem: _Problem, values: Iterable[Kept], byte: fl
             (i, j): way.held / byte
             for i, own in enumerate(problem.ways)
             for j, way in enumerate(own)
-            if problem.moments[i] <= t and way.held
+            if problem.moments[i] <= t and way.held and way.seconds < np.inf
         }
         row |= {("y", value): value.nbytes / byte for value in values if value.moment <= t}
         rows.add({**row, "over": -1.0, **({"work": 1.0} if t == last else {})}, -np.inf, least / byte)
@@ -228,9 +255,12 @@ class _Rows:
         self._limits.append((low, high))
 
     def minimise(
-        self, cost: Mapping[object, float], upper: Mapping[object, float], whole: Iterable[object]
-    ) -> Mapping[object, float]:
-        """The variables' values at an optimum. ``upper``: bounds other than 1; ``whole``: variables that must be 0 or 1."""
+        self, cost: Mapping[object, float], upper: Mapping[object, float], whole: Iterable[object], at_most_s: float
+    ) -> Mapping[object, float] | None:
+        """The variables' values at an optimum, or the best that was found in that time, if anything was.
+
+        ``upper``: bounds other than 1; ``whole``: variables that must be 0 or 1.
+        """
         width = len(self._columns)
         costs, bounds, integrality = np.zeros(width), np.ones(width), np.zeros(width)
         for name, value in cost.items():
@@ -242,9 +272,11 @@ class _Rows:
         matrix = csr_array((entries, (lines, columns)), shape=(len(self._limits), width))
         constraints = LinearConstraint(matrix, *np.array(self._limits).T)
         for presolve in (True, False):  # HiGHS 1.12 gives up on some problems ("Solve error") that it solves without its presolve
-            options = {"mip_rel_gap": 0.0, "presolve": presolve}
+            options = {"mip_rel_gap": 0.0, "presolve": presolve, "time_limit": at_most_s}
             found = milp(costs, integrality=integrality, bounds=Bounds(0, bounds), constraints=constraints, options=options)
             if found.x is not None:
                 break
-        assert found.x is not None, "some choice always exists: the excess is free, or one was found that has this excess"
+        assert found.x is not None or at_most_s < np.inf, "some choice always exists: the excess is free, or one was found with it"
+        if found.x is None:
+            return None
         return {name: float(found.x[column]) for name, column in self._columns.items()}
