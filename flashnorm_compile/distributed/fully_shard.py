@@ -46,6 +46,7 @@ def fully_shard(
         module: the module, or several.
         mesh: data-parallel ranks; None: all ranks of the default process group.
         reshard_after_forward: whether the backward gathers parameters again; else the gathered ones are kept for it. None: True.
+            Under other backends than this project's, the backend decides; plain Inductor keeps them.
         mp_policy: types for computing, reducing and the inputs and outputs of ``module``, as in FSDP2.
         ignored_params: parameters to leave as they are. Private training refuses them unless they are frozen.
 
