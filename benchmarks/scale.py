@@ -4,7 +4,8 @@
 
 One rank's code is generated for models of few blocks (`benchmarks.hopper`): fake ranks, fake tensors, nothing runs or is sent.
 Blocks are alike, so two depths give the cost of a block and of the ends, and with them any depth; a third depth is generated to
-check that. Times are rooflines of the generated kernels and of NCCL's rings (`benchmarks.network`), on two queues
+check that. Only the moment of the highest memory may be another one in a deeper model; the file tells by how much the third depth
+differs. Times are rooflines of the generated kernels and of NCCL's rings (`benchmarks.network`), on two queues
 (`benchmarks.overlap`), with AdamW over the shards. Parameters and reductions are mixed precision: bfloat16 and float32.
 
 The private step takes ghost norms everywhere, whatever the planner would choose at a depth: they hold the least, and the code of
