@@ -4,8 +4,8 @@
 
 One rank's code is generated for models of few blocks (`benchmarks.hopper`): fake ranks, fake tensors, nothing runs or is sent.
 Blocks are alike, so two depths give the cost of a block and of the ends, and with them any depth; a third depth is generated to
-check that. Only the moment of the highest memory may be another one in a deeper model; the file tells by how much the third depth
-differs. Times are rooflines of the generated kernels and of NCCL's rings (`benchmarks.network`), on two queues
+check that. All of it is exact but the highest memory: in a deeper model another moment may be the highest one, so what is shown is
+the least that it can be. Times are rooflines of the generated kernels and of NCCL's rings (`benchmarks.network`), on two queues
 (`benchmarks.overlap`), with AdamW over the shards. Parameters and reductions are mixed precision: bfloat16 and float32.
 
 The private step takes ghost norms everywhere, whatever the planner would choose at a depth: they hold the least, and the code of
@@ -132,7 +132,7 @@ class Traces:
 @dataclass(frozen=True)
 class ScaleRow:
     """One rank, one step. Bytes and seconds. `saved_bytes`: kept by the forward. `clip_bytes`: held when the clip
-    factors are made, which is what the clipped sums read: A and G of every layer. `peak_bytes`: with the shards of parameters, all
+    factors are made, which is what the clipped sums read: A and G of every layer. `peak_bytes`: at least, with the shards of parameters, all
     gradients and optimizer state, and the next block's parameters in the message and in the place that they are copied to.
     `gather_bytes`, `scatter_bytes`, `reduce_bytes`: what the rank sends, by kind of collective. `waiting_...`: seconds of the step
     in which nothing is computed. `throughput`: of the non-private step's. `extrapolation_error`: relative, at the third depth."""
@@ -275,7 +275,7 @@ def _quiet() -> None:
 def table(rows: Sequence[ScaleRow]) -> str:
     """Markdown: memory in GB, bytes sent in GB, times in ms."""
     names = ["case", "step", "throughput", "target", "ms", "computing", "waiting: gathers", "reductions", "GB sent: gathers",
-             "reduce-scatters", "all-reduces", "GB held: shards", "saved", "at the clip", "peak"]  # fmt: skip
+             "reduce-scatters", "all-reduces", "GB held: shards", "saved", "at the clip", "peak, at least"]  # fmt: skip
     lines = [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
     for row in rows:
         target = "" if row.target is None else f"{row.target:.2f}"

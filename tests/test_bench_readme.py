@@ -127,9 +127,9 @@ class TestReadme:
         update_readme(path, results)
         folder = results / "scale" / "2026-03-05"
         folder.mkdir(parents=True)
-        row = {"throughput": 0.9871, "target": 0.92, "sent_bytes": 77.84e9, "peak_bytes": 67.66e9}
+        row = {"throughput": 0.9871, "target": 0.92, "sent_bytes": 77.84e9, "saved_bytes": 13.71e9, "clip_bytes": 12.06e9}
         (folder / "scale.json").write_text(json.dumps({"torch": "2.13.0+cpu", "rows": [row, row | {"target": None}]}))
-        shown = "predicted 0.987, target 0.92, sent 77.8, memory 67.7, torch 2.13.0"
+        shown = "predicted 0.987, target 0.92, sent 77.8, saved 13.7, held 12.1, torch 2.13.0"
         path.write_text(path.read_text().replace(readme.BEGIN, f"{shown}\n\n{readme.BEGIN}"))
         assert readme.mistakes(path, results) == []
         path.write_text(path.read_text().replace("77.8", "77.9"))

@@ -39,10 +39,11 @@ def _newest(results: Path, kind: str) -> dict[str, Any]:
 
 
 def _scale(held: dict[str, Any]) -> set[str]:
-    """Throughputs, targets and gigabytes."""
+    """Throughputs, targets and gigabytes: sent, saved by the forward, held at the clip."""
     numbers = {held["torch"].partition("+")[0]}
     for row in held["rows"]:
-        numbers |= {f"{row['throughput']:.3f}", f"{row['sent_bytes'] / 1e9:.1f}", f"{row['peak_bytes'] / 1e9:.1f}"}
+        numbers |= {f"{row['throughput']:.3f}"}
+        numbers |= {f"{row[kind] / 1e9:.1f}" for kind in ("sent_bytes", "saved_bytes", "clip_bytes")}
         numbers |= {f"{row['target']:.2f}"} if row.get("target") else set()
     return numbers
 
