@@ -131,11 +131,12 @@ class Traces:
 
 @dataclass(frozen=True)
 class ScaleRow:
-    """One rank, one step. Bytes and seconds. `saved_bytes`: kept by the forward. `clip_bytes`: held when the clip
-    factors are made, which is what the clipped sums read: A and G of every layer. `peak_bytes`: at least, with the shards of parameters, all
-    gradients and optimizer state, and the next block's parameters in the message and in the place that they are copied to.
-    `gather_bytes`, `scatter_bytes`, `reduce_bytes`: what the rank sends, by kind of collective. `waiting_...`: seconds of the step
-    in which nothing is computed. `throughput`: of the non-private step's. `extrapolation_error`: relative, at the third depth."""
+    """One rank, one step. Bytes and seconds. `saved_bytes`: kept by the forward. `clip_bytes`: held when the clip factors are made,
+    which is what the clipped sums read: A and G of every layer. `peak_bytes`: the least that the peak can be, with the shards of
+    parameters, all gradients and optimizer state, and the next block's parameters in the message and in the place that they are
+    copied to. `gather_bytes`, `scatter_bytes`, `reduce_bytes`: what the rank sends, by kind of collective. `waiting_...`:
+    seconds of the step in which nothing is computed. `throughput`: of the non-private step's.
+    `extrapolation_error`: relative, of all amounts at the third depth."""
 
     case: str
     description: str
