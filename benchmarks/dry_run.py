@@ -261,9 +261,8 @@ def _amounts(row: DryRow) -> Amounts:
 
 
 def _scaled(row: DryRow, by: Amounts) -> DryRow:
-    """Kernels, and the time that generating them takes, grow with the operators."""
-    kernels, generating = round(row.kernels * by.operators), row.generating_s * by.operators
-    return replace(row, kernels=kernels, generating_s=generating, **_fields(_amounts(row).times(by)))
+    """The time that generating takes grows with the operators. Kernels do not: equal blocks share theirs."""
+    return replace(row, generating_s=row.generating_s * by.operators, **_fields(_amounts(row).times(by)))
 
 
 def _depth_ratio(job: Job, precision: str) -> Amounts:

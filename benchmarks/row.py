@@ -48,7 +48,7 @@ class Row:
     """`peak_bytes` over that of the compiled non-private step."""
     samples_per_s: float | None = None
     compile_s: float | None = None
-    """Of the first step."""
+    """Of the first step, beside the other processes that compile (`benchmarks.side_by_side`)."""
     target: float | None = None
     device: str = ""
     threads: int | None = None

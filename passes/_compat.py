@@ -115,6 +115,12 @@ def real_parameters(nodes: Sequence[fx.Node]) -> dict[str, nn.Parameter]:
     return found
 
 
+def traced_size(shape_env: Any, symbol: Any) -> int:
+    """The value that a symbol had while tracing. ``size_hint`` warns since its successor is there."""
+    hint = getattr(shape_env, "guarding_hint_or_throw", None) or shape_env.size_hint
+    return int(hint(symbol))
+
+
 def has_promised_ranges() -> bool:
     """Whether the graph that is being compiled has a size that must work for a whole range, by ``mark_dynamic`` with bounds."""
     context = TracingContext.try_get()

@@ -109,7 +109,7 @@ def guard_signs(expressions: Iterable[Expr], graph: fx.Graph) -> None:
 def _guard_range(expr: Expr, shape_env: Any) -> None:
     (symbol,) = expr.free_symbols
     bounds = shape_env.bound_sympy(symbol)
-    now = int(shape_env.size_hint(symbol))
+    now = _compat.traced_size(shape_env, symbol)
     below = now >= 0 and bool(expr.subs(symbol, now) <= 0)
 
     def differs(size: int) -> bool:
