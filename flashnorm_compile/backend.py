@@ -20,18 +20,19 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch.distributed.tensor import DTensor
 
 from . import dump, guard
-from .binding import binding_for
+from .distributed import ddp
 from .distributed.fully_shard import shardings
-from .distributed.groups import data_meshes
-from .inputs import classify, example_of
+from .distributed.groups import is_split, ranks_of
+from .distributed.tensor_parallel import keep_layouts
+from .inputs import classify, example_of, traced
 from .options import Options
 from .passes import _compat
-from .passes.errors import OptionsError
+from .passes.errors import OptionsError, UnsupportedGraphError
 from .passes.graph_spec import GraphSpec, InputSpec, Role
 from .passes.private_pass import Observer, PrivateGradientsPass
+from .private_graph import CompiledGraph, EmptyBatch, PrivateGraph
 
 log = logging.getLogger(__name__)
-CompiledGraph = Callable[..., Any]
 HANDLE = "flashnorm_handle"
 
 
@@ -95,18 +96,47 @@ def compile_private(
         _protect(nodes)
     specs = classify(gm, options.batch_dims)
     reason = break_reason(gm) or resumed_after(gm)
+    examples = [example_of(node) for node in nodes]
+    group = _group_of_ddp(examples)
+    ranks = ranks_of(examples, group)
+    if ranks.data_ranks > 1 and _has_no_samples(nodes, specs):
+        return EmptyBatch(gm.graph, specs, options)
     gm, inputs = with_handle(gm, example_inputs)
-    meshes, ranks = data_meshes(example_of(node) for node in nodes)
+    if ranks.model_group is not None:
+        keep_layouts(gm, len(examples))
+    specs = [replace(given, split=is_split(e, ranks.model_group)) for given, e in zip(specs, examples, strict=True)]
     spec = graph_spec([*with_gathers(nodes, specs), InputSpec(HANDLE, Role.HANDLE)], options)
-    spec = replace(spec, data_meshes=meshes, data_ranks=ranks, parts=any(isinstance(example_of(node), DTensor) for node in nodes))
+    spec = replace(
+        spec,
+        data_meshes=ranks.data_meshes,
+        data_ranks=ranks.data_ranks,
+        parts=any(isinstance(example, DTensor) for example in examples),
+        sum_over=None if group is None else group.group_name,
+        model_group=ranks.model_group,
+    )
     observers = (*observers, *dump.observers(spec))
     private_pass = PrivateGradientsPass(spec, observers)
     settings = _compat.with_joint_pass(settings, private_pass)
     if dump.wanted():
         settings["force_disable_caches"] = True
     compiled = _compile(gm, inputs, inner_compile, settings, cache=not dump.wanted())
-    positions = [i for i, given in enumerate(specs) if given.role is Role.PARAMETER]
-    return PrivateGraph(compiled, positions, list(spec.parameters), options, reason)
+    return PrivateGraph(compiled, specs, options, reason, ranks, group)
+
+
+def _has_no_samples(nodes: Sequence[fx.Node], specs: Sequence[InputSpec]) -> bool:
+    sizes = [traced(node).shape[given.dim] for node, given in zip(nodes, specs, strict=True) if given.role is Role.PRIVATE]
+    return bool(sizes) and isinstance(sizes[0], int) and sizes[0] == 0
+
+
+def _group_of_ddp(examples: Sequence[Any]) -> Any:
+    """The process group of the DistributedDataParallel whose forward pass runs this graph, or None."""
+    active = ddp.active()
+    if active is not None and _compat.is_cut_for_ddp():
+        raise UnsupportedGraphError(
+            "the graph was cut at the buckets of DistributedDataParallel, and no piece sees a sample's whole gradient. Set "
+            "torch._dynamo.config.optimize_ddp = False before the first step: private graphs sum over the ranks by themselves."
+        )
+    return None if active is None else ddp.data_group(active, [example for example in examples if _is_trainable(example)])
 
 
 def graph_spec(specs: Sequence[InputSpec], options: Options) -> GraphSpec:
@@ -184,25 +214,6 @@ def resumed_after(gm: fx.GraphModule) -> str | None:
     return f"{reasons[0]} ({place})" if len(reasons) == 1 else f"{place}; TORCH_LOGS=graph_breaks shows why"
 
 
-class PrivateGraph:
-    """A compiled private graph. Each call looks up the state of the parameters that it is called with."""
-
-    def __init__(
-        self, compiled: CompiledGraph, positions: list[int], names: list[str], options: Options, reason: str | None
-    ) -> None:
-        self.compiled = compiled
-        self.positions = positions
-        self.names = names
-        self.options = options
-        self.reason = reason
-
-    def __call__(self, *args: Any) -> Any:
-        parameters = [args[i] for i in self.positions]
-        binding = binding_for(parameters, self.names, self.options)
-        binding.break_reason = self.reason
-        outputs = self.compiled(*args, binding.handle)
-        guard.watch(outputs, binding)
-        return outputs
-
+_compat.keep_graphs_whole([flashnorm, flashnorm_eager])
 
 __all__ = ["compile_private", "flashnorm", "flashnorm_eager"]

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from .clipping import clip_factors, group_norms
-from .distributed.groups import data_meshes, place_of, team_of
+from .distributed import tensor_parallel
+from .distributed.groups import Ranks, is_split, place_of
 from .distributed.team import Team
 from .options import Options
-from .passes.errors import GraphBreakError, UnsupportedGraphError
+from .passes.errors import GraphBreakError, PrivacyError, UnsupportedGraphError
 from .state import PrivacyState, common_state
 from .templates import release as release_op
 from .templates.noise import WHOLE
@@ -56,21 +57,27 @@ class _Places:
     group_names: frozenset[str]
     parts: Tensor | None
     """int64 [P, 3]: where this rank's parts of the parameters lie in the whole ones; None if all are whole."""
+    copied: Tensor | None
+    """bool [P]: of which parameters each rank of the tensor-parallel group holds a copy; None without one."""
 
 
 class Binding:
     """One tuple of parameters, as one compiled graph sees them. Make it with ``binding_for``."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter], names: Sequence[str], options: Options) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], names: Sequence[str], options: Options, ranks: Ranks) -> None:
         self.parameters = [weakref.ref(parameter) for parameter in parameters]
         self.names = list(names)
         self.options = options
+        self.ranks = ranks
         self.break_reason: str | None = None
         self.forward_backward = -1
         self.last_release: Release | None = None
         self.guarded = False
+        self._looked = False
         self._places: _Places | None = None
         self.handle = torch.tensor(release_op.register(self), dtype=torch.int64)
+        self._blank = BlankBatch(self)
+        self.blank_handle = torch.tensor(release_op.register(self._blank), dtype=torch.int64)
         self._place(parameters)
 
     def matches(self, parameters: Sequence[nn.Parameter]) -> bool:
@@ -107,16 +114,27 @@ class Binding:
             fractions=torch.tensor(layout.fractions, dtype=torch.float32, device=device) if several else None,
             group_names=frozenset(layout.group_names[group] for group in groups),
             parts=self._join_team(state, parameters),
+            copied=self._copied(parameters),
         )
         return self._places
 
-    def _join_team(self, state: PrivacyState, parameters: Sequence[nn.Parameter]) -> Tensor | None:
-        ranks = team_of(parameters)
-        if not ranks:
+    def _copied(self, parameters: Sequence[nn.Parameter]) -> Tensor | None:
+        group = self.ranks.model_group
+        if group is None:
             return None
-        if state.team is None or state.team.ranks != ranks:
-            state.team = Team(ranks, data_meshes(parameters)[1])
-        return torch.tensor([place_of(parameter) for parameter in parameters])
+        return torch.tensor([not is_split(parameter, group) for parameter in parameters], device=parameters[0].device)
+
+    def _join_team(self, state: PrivacyState, parameters: Sequence[nn.Parameter]) -> Tensor | None:
+        team = self.ranks.team
+        if state.team is None and team:
+            state.team = Team(team, self.ranks.data_ranks)
+        if team != (state.team.ranks if state.team is not None else ()):
+            raise UnsupportedGraphError(
+                f"{self.describe()} trains on the ranks {list(team) or 'of this process alone'}, and other parameters of the model "
+                f"on {list(state.team.ranks)}. The graphs of one model share their noise, so they need the same ranks: give every "  # type: ignore[union-attr]
+                "call of fully_shard and replicate, or DistributedDataParallel, the whole model and one mesh."
+            )
+        return torch.tensor([place_of(parameter) for parameter in parameters]) if team else None
 
     def describe(self) -> str:
         """Names the graph for an error: its modules, and why the graph before it ended."""
@@ -125,12 +143,13 @@ class Binding:
         return text + (f" (graph break: {self.break_reason.strip()})" if self.break_reason else "")
 
     @torch.no_grad()
-    def release(self, norms_sq: Tensor, parts: bool = False) -> release_op.ReleaseResult:
+    def release(self, norms_sq: Tensor, parts: bool = False, blank: bool = False) -> release_op.ReleaseResult:
         """Clip factors [P, B], noise keys [P, 2] ([P, 5] with ``parts``: and places) and noise level [] for squared norms float32
         [B, P] of contributions.
 
         Under loss_reduction="mean" a contribution is the sample's gradient divided by B; its factor holds B / L, so
-        that sum_b factor_b * contribution_b = (1/L) * sum_b c_b * g_b and the noise level is s * C / L.
+        that sum_b factor_b * contribution_b = (1/L) * sum_b c_b * g_b and the noise level is s * C / L. With ``blank`` the samples
+        are none, and all factors are zero.
 
         Raises:
             GraphBreakError: this backward pass has already released one of the clipping groups, or another state.
@@ -140,24 +159,47 @@ class Binding:
         _admit(backward, self, places)
         state, options = places.state, self.options
         mean, batch, clip = options.loss_reduction == "mean", max(norms_sq.shape[0], 1), state.max_grad_norm
-        state.agree(batch)
+        state.agree(0 if blank else batch)
         size = state.normalizer(batch) if mean else 1
         number, noise_std = state.begin_release(backward, clip / size, places.rows)
         self.last_release = Release(state, backward, state.adds_noise)
         # Everything is in units of the contributions, which are 1/B of the gradients under "mean".
         unit = batch if mean else 1
-        norms = group_norms(norms_sq, places.groups, 1 if places.fractions is None else len(places.fractions))
+        norms = self._norms(norms_sq, places)
         bounds = clip / unit if places.fractions is None else places.fractions * (clip / unit)
         constant = options.stability_constant / unit if options.clipping == "automatic" else None
         factors = clip_factors(norms, bounds, constant)
         if unit != size:
             factors.mul_(unit / size)
+        if blank:
+            norms, factors = norms[:0], torch.zeros_like(factors)
         state.record(norms, bounds)
         keys = state.noise_keys(number).index_select(0, places.row_index)
         if parts:
             where = torch.tensor([WHOLE]).expand(len(keys), 3) if places.parts is None else places.parts
             keys = torch.cat((keys, where), 1)
         return self._spread(factors, places), keys.to(norms_sq.device), norms_sq.new_full((), noise_std, dtype=torch.float32)
+
+    def _norms(self, norms_sq: Tensor, places: _Places) -> Tensor:
+        """Norms [B, K] of whole gradients, also where this rank holds parts of them.
+
+        Raises:
+            PrivacyError: ranks that compute parts of the same samples disagree on the gradients that all of them compute.
+        """
+        count = 1 if places.fractions is None else len(places.fractions)
+        if places.copied is None or self.ranks.model_group is None:
+            return group_norms(norms_sq, places.groups, count)
+        shares = norms_sq / torch.where(places.copied, tensor_parallel.size(self.ranks.model_group), 1)
+        norms = group_norms(shares, places.groups, count)
+        norms, differ = tensor_parallel.whole_norms(norms, (norms_sq * places.copied).sum(1), self.ranks.model_group)
+        # On a GPU one look is enough to find a mistake, and each costs a wait; samples that differ are left out all the same.
+        if (norms.is_cpu or not self._looked) and bool(differ.any()):
+            raise PrivacyError(
+                f"{self.describe()}: the ranks of its tensor-parallel group disagree on the gradients of parameters of which each "
+                "holds a copy. They must start from equal copies, and see the same samples and the same random numbers."
+            )
+        self._looked = True
+        return norms
 
     def _spread(self, factors: Tensor, places: _Places) -> Tensor:
         """[B, K] -> [P, B], contiguous: compiled code relies on the strides that the op's fake promised."""
@@ -174,6 +216,18 @@ class Binding:
             )
 
 
+class BlankBatch:
+    """The handle of passes in which this rank has no samples and takes part all the same."""
+
+    def __init__(self, binding: Binding) -> None:
+        self._binding = weakref.ref(binding)
+
+    def release(self, norms_sq: Tensor, parts: bool = False) -> release_op.ReleaseResult:
+        binding = self._binding()
+        assert binding is not None
+        return binding.release(norms_sq, parts, blank=True)
+
+
 # First parameter's id -> bindings; an entry goes when that parameter does, so an id cannot be mistaken.
 _bindings: dict[int, list[Binding]] = {}
 # Backward pass -> who released in it. Bounded: only passes that still run matter, and few run at a time.
@@ -181,13 +235,20 @@ _admitted: OrderedDict[int, list[tuple[Binding, _Places]]] = OrderedDict()
 _ADMITTED_LIMIT = 256
 
 
+_ONE_DEVICE = Ranks()
+
+
 def binding_for(
-    parameters: Sequence[nn.Parameter], names: Sequence[str], options: Options, break_reason: str | None = None
+    parameters: Sequence[nn.Parameter],
+    names: Sequence[str],
+    options: Options,
+    break_reason: str | None = None,
+    ranks: Ranks = _ONE_DEVICE,
 ) -> Binding:
     """The binding of these trainable parameters, in the order of the graph's norms; made at their first call.
 
     Called at every forward pass. ``names`` are used for parameters that no declared state has named yet;
-    ``break_reason`` says why Dynamo ended the graph before this one, for error messages.
+    ``break_reason`` says why Dynamo ended the graph before this one, for error messages. ``ranks`` train them together.
     """
     first = parameters[0]
     known = _bindings.get(id(first))
@@ -195,10 +256,11 @@ def binding_for(
         known = _bindings[id(first)] = []
         weakref.finalize(first, _bindings.pop, id(first), None)
     for binding in known:
-        if binding.matches(parameters) and (binding.options is options or binding.options == options):
+        alike = binding.options is options or binding.options == options
+        if alike and binding.ranks == ranks and binding.matches(parameters):
             break
     else:
-        binding = Binding(parameters, names, options)
+        binding = Binding(parameters, names, options, ranks)
         binding.break_reason = break_reason
         known.append(binding)
     binding.forward_backward = current_backward()

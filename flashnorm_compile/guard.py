@@ -46,8 +46,7 @@ _MIXED = (
 _WRITTEN = (
     "p.grad was written or changed outside backward (by hand, gradient clipping, loss scaling); samples are already "
     "clipped, so remove clip_grad_norm_ and the like (in transformers: TrainingArguments(max_grad_norm=0), and "
-    "flashnorm_compile.integrations.transformers.PrivacyCallback, which keeps the Trainer from writing gradients to measure them; "
-    "in the place of DistributedDataParallel: flashnorm_compile.replicate)"
+    "flashnorm_compile.integrations.transformers.PrivacyCallback, which keeps the Trainer from writing gradients to measure them)"
 )
 _NOISELESS = (
     "the last backward pass added no noise (inside accumulate(), or before accumulation_steps passes were complete); "
@@ -159,11 +158,12 @@ def protect(parameters: Sequence[nn.Parameter], names: Sequence[str]) -> None:
             weakref.finalize(parameter, _records.pop, id(parameter), None)
 
 
-def watch(outputs: Any, binding: Binding) -> None:
-    """Follows the gradients of one forward pass of a private graph; ``outputs`` is what its forward returned."""
+def watch(outputs: Any, binding: Binding) -> Node | None:
+    """Follows the gradients of one forward pass of a private graph; ``outputs`` is what its forward returned. Gives the autograd
+    node of the graph's backward."""
     node = _backward_node(outputs)
     if node is None:
-        return
+        return None
     parameters = [parameter for parameter in (ref() for ref in binding.parameters) if parameter is not None]
     if not binding.guarded:
         protect(parameters, binding.names)
@@ -175,6 +175,7 @@ def watch(outputs: Any, binding: Binding) -> None:
         if id(variable) in own and id(variable) in _records:
             slots.append((position, _records[id(variable)]))
     node.register_hook(partial(_note, binding, slots))
+    return node
 
 
 def _note(binding: Binding, slots: list[tuple[int, _Record]], grad_inputs: Sequence[Tensor | None], grad_outputs: Any) -> None:

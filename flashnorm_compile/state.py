@@ -20,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .accounting.account import Batch
 from .accounting.accounted import Accounted
 from .clipping import Layout, layout_for
+from .distributed.ddp import names_without_ddp
 from .distributed.team import Team
 from .noise_key import NoiseKey, streams_of
 from .options import Options, real
@@ -381,7 +382,7 @@ def privacy(model: nn.Module) -> PrivacyState:
             f"privacy takes the nn.Module whose parameters train, compiled or not; got {type(model).__name__}. "
             "For a compiled function pass the module that the function calls."
         )
-    named = [(name.replace("_orig_mod.", ""), parameter) for name, parameter in model.named_parameters()]
+    named = names_without_ddp(model)
     names, parameters = [name for name, _ in named], [parameter for _, parameter in named]
     state = common_state(parameters)
     if not state.released:

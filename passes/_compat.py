@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dynamo.backends.distributed import DDPOptimizer
 from torch._dynamo.source import ConstantSource
 from torch._dynamo.utils import counters
 from torch._functorch._aot_autograd.descriptors import GradAOTOutput, SubclassGetAttrAOTOutput
@@ -15,8 +17,13 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext, detect_fake_mode
 from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.fx.experimental.symbolic_shapes import StrictMinMaxConstraint
 from torch.utils._python_dispatch import _disable_current_modes
+
+from .errors import OptionsError
 
 
 def mode_settings(mode: str | None) -> dict[str, Any]:
@@ -127,6 +134,51 @@ def has_promised_ranges() -> bool:
     known = [] if context is None else context.tensor_to_context.values()
     sizes = (size for one in known for size in getattr(one, "constraint_sizes", None) or ())
     return any(isinstance(size, StrictMinMaxConstraint) for size in sizes)
+
+
+def keep_graphs_whole(backends: Sequence[Callable[..., Any]]) -> None:
+    """Dynamo cuts what runs inside DistributedDataParallel at the reducer's buckets. From now on it hands graphs for these backends
+    over whole; others are cut as before."""
+    cut = DDPOptimizer.compile_fn
+
+    def compile_fn(self: Any, *args: Any, **kwargs: Any) -> Any:
+        ours = _innermost(self.backend_compile_fn) in backends
+        return self.backend_compile_fn(*args, **kwargs) if ours else cut(self, *args, **kwargs)
+
+    DDPOptimizer.compile_fn = compile_fn  # type: ignore[method-assign]
+
+
+def _innermost(function: Any) -> Any:
+    """What ``torch.compile`` and Dynamo have wrapped."""
+    while (inner := getattr(function, "__wrapped__", None) or getattr(function, "compiler_fn", None)) is not None:
+        function = inner
+    return function
+
+
+def is_cut_for_ddp() -> bool:
+    """Whether the graph that is compiled now is one of the pieces that Dynamo makes for DistributedDataParallel."""
+    return getattr(TracingContext.try_get(), "ddp_optimizer_ctx", None) is not None
+
+
+def joined_mesh(outer: DeviceMesh, inner: DeviceMesh) -> DeviceMesh:
+    """The mesh of both meshes' dimensions.
+
+    Raises:
+        OptionsError: they are not dimensions of one mesh.
+    """
+    try:
+        return DeviceMesh._concatenate([outer, inner])
+    except RuntimeError as error:
+        raise OptionsError(
+            f"{outer} and {inner} are not dimensions of one mesh. Make both with one call, such as "
+            'init_device_mesh(device, (data, parts), mesh_dim_names=("data", "parts")), and pass mesh["data"] and mesh["parts"].'
+        ) from error
+
+
+def shard_within(part: DTensor, placement: Shard) -> Any:
+    """The placement of a dimension along which a mesh shards the parts that ``part``'s own mesh has cut before."""
+    cuts = math.prod([part.device_mesh.size(i) for i, one in enumerate(part.placements) if one.is_shard(placement.dim)])
+    return placement if cuts == 1 else _StridedShard(placement.dim, split_factor=cuts)
 
 
 def graph_break_reasons() -> list[str]:

@@ -15,8 +15,8 @@ SUM, MEAN = 0, 1
 
 
 def canonicalize_pass(graph: fx.Graph) -> None:
-    """Replaces embedding-bag gradients by a gather of the bags' gradients and an indexed addition, and bilinear forms by
-    matrix products."""
+    """Replaces embedding-bag gradients by a gather of the bags' gradients and an indexed addition, bilinear forms by matrix
+    products, and ``x[mask] = number`` by a choice for each element."""
     for node in graph.find_nodes(op="call_function", target=aten._embedding_bag_backward.default):
         by_frequency, mode, sparse = node.args[7:10]
         regular = getattr(node.args[2], "target", None) is prims.iota.default
@@ -24,7 +24,30 @@ def canonicalize_pass(graph: fx.Graph) -> None:
             _replace(graph, node, _embedding_bag_backward)
     for node in graph.find_nodes(op="call_function", target=aten._trilinear.default):
         _replace(graph, node, _trilinear)
+    for node in graph.find_nodes(op="call_function", target=aten.index_put.default):
+        if _is_masked_fill(node):
+            _choose_by_mask(graph, node)
     graph.lint()
+
+
+def _is_masked_fill(node: fx.Node) -> bool:
+    indices, value = node.args[1:3]
+    mask = indices[0]  # type: ignore[index]
+    alone = len(indices) == 1 and mask is not None and mask.meta["val"].dtype is torch.bool  # type: ignore[arg-type, union-attr]
+    return alone and value.meta["val"].dim() == 0 and not (len(node.args) > 3 and node.args[3])  # type: ignore[union-attr]
+
+
+def _choose_by_mask(graph: fx.Graph, node: fx.Node) -> None:
+    x, (mask,), value = node.args[:3]  # type: ignore[misc]
+    with graph.inserting_before(node):
+        for _ in range(x.meta["val"].dim() - mask.meta["val"].dim()):  # type: ignore[union-attr]
+            wider = graph.call_function(aten.unsqueeze.default, (mask, -1))
+            wider.meta = {**node.meta, "val": mask.meta["val"].unsqueeze(-1)}
+            mask = wider
+        chosen = graph.call_function(aten.where.self, (mask, value, x))
+    chosen.meta = {**node.meta}
+    node.replace_all_uses_with(chosen)
+    graph.erase_node(node)
 
 
 def _embedding_bag_backward(

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from .graph_spec import GraphSpec, Role
-from .rules.collectives import GATHERS, REDUCTIONS, WAIT, group_of
+from .rules.collectives import ALL_REDUCE, GATHERS, REDUCTIONS, WAIT, group_of
 from .type_samples import placeholder_specs
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -42,15 +42,15 @@ class Reduced:
     groups: tuple[str, ...] = ()
 
 
-def reduced(gradient: fx.Node) -> Reduced:
-    """Splits a gradient where the first reduction over ranks begins."""
+def reduced(gradient: fx.Node, data_groups: frozenset[str]) -> Reduced:
+    """Splits a gradient where the first reduction over ranks with other samples begins."""
     node, own = gradient, gradient
     way: list[fx.Node] = []
     rest: list[fx.Node] = []
     found: list[str] = []
     while True:
         source = node.args[0] if node.args else None
-        if node.target is WAIT and isinstance(source, fx.Node) and source.target in REDUCTIONS:
+        if node.target is WAIT and isinstance(source, fx.Node) and source.target in REDUCTIONS and group_of(source) in data_groups:
             operand: Any = source.args[0]
             root, padding = _unpadded(operand)
             way = [*padding, source, node, *way]
@@ -105,7 +105,22 @@ def reduce_again(way: Reduced, total: Tensor) -> Tensor:
     return values[way.way[-1]]  # type: ignore[no-any-return]
 
 
-def merge_collectives_pass(graph: fx.Graph, outputs: list[tuple[int, fx.Node]]) -> None:
+def sum_over_ranks_pass(graph: fx.Graph, outputs: list[tuple[int, fx.Node]], group: str) -> None:
+    """Averages every gradient over the ranks of a process group, as the module around the graph would do it behind the backward.
+
+    ``outputs``: as for ``merge_collectives_pass``.
+    """
+    results = list(graph.output_node().args[0])  # type: ignore[arg-type]
+    with graph.inserting_before(graph.output_node()):
+        for position, node in outputs:
+            sent = graph.call_function(ALL_REDUCE, (node, "avg", group))
+            results[position] = graph.call_function(WAIT, (sent,))
+            for new in (sent, results[position]):
+                new.meta = {"val": node.meta["val"], "partitioner_tag": "is_backward"}
+    graph.output_node().args = (results,)
+
+
+def merge_collectives_pass(graph: fx.Graph, outputs: list[tuple[int, fx.Node]], data_groups: frozenset[str]) -> None:
     """One gather for each parameter and one reduction for each gradient, however often a module tree uses the parameter.
 
     ``outputs``: (position among the graph's outputs, node) of every parameter gradient. By linearity the sum of two reduced
@@ -113,12 +128,12 @@ def merge_collectives_pass(graph: fx.Graph, outputs: list[tuple[int, fx.Node]]) 
     """
     _share_gathers(graph)
     for position, node in outputs:
-        merged = _merged(graph, node)
+        merged = _merged(graph, node, data_groups)
         if merged is not None:
             results = list(graph.output_node().args[0])  # type: ignore[arg-type]
             results[position] = merged
             graph.output_node().args = (results,)
-            drop_unused(graph, _behind(node))
+            drop_unused(graph, _behind(node, data_groups))
 
 
 def drop_unused(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
@@ -129,11 +144,11 @@ def drop_unused(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
             graph.erase_node(node)
 
 
-def _behind(gradient: fx.Node) -> list[fx.Node]:
+def _behind(gradient: fx.Node, data_groups: frozenset[str]) -> list[fx.Node]:
     """The sum of reduced gradients with all that reduces them."""
     sides = [arg for arg in gradient.args if isinstance(arg, fx.Node)] if gradient.target is aten.add.Tensor else []
-    own = [gradient, *reduced(gradient).way] if not sides else [gradient]
-    return [*own, *(node for side in sides for node in _behind(side))]
+    own = [gradient, *reduced(gradient, data_groups).way] if not sides else [gradient]
+    return [*own, *(node for side in sides for node in _behind(side, data_groups))]
 
 
 def _share_gathers(graph: fx.Graph) -> None:
@@ -157,14 +172,14 @@ def _is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
 
 
-def _merged(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+def _merged(graph: fx.Graph, node: fx.Node, data_groups: frozenset[str]) -> fx.Node | None:
     """``add(reduce(a), reduce(b))`` as ``reduce(add(a, b))``, where both are reduced in one way."""
     if node.target is not aten.add.Tensor or node.kwargs or not all(isinstance(arg, fx.Node) for arg in node.args):
         return None
     sides = []
     for arg in node.args:
-        arg = _merged(graph, arg) or arg  # type: ignore[arg-type]
-        sides.append((arg, reduced(arg)))  # type: ignore[arg-type]
+        arg = _merged(graph, arg, data_groups) or arg  # type: ignore[arg-type]
+        sides.append((arg, reduced(arg, data_groups)))  # type: ignore[arg-type]
     (_, one), (_, two) = sides
     if not one.way or _signature(one) != _signature(two):
         return None

@@ -23,12 +23,14 @@ class InputSpec:
     """One graph input, in the order of the captured graph. ``dim``: the sample dimension of a private one.
 
     ``gathered``: for a sharded parameter, whether the backward gathers it "again" or the forward has to "keep" the gathered one.
+    ``split``: whether the ranks of the model group hold parts of it, instead of a copy each.
     """
 
     name: str
     role: Role
     dim: int = 0
     gathered: Literal["again", "keep"] | None = None
+    split: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,9 @@ class GraphSpec:
 
     ``data_meshes``: for each mesh whose ranks hold different samples, the process groups of its dimensions; every gradient has to
     be summed over all ranks of one of them. ``data_ranks``: how many ranks that is. ``parts``: whether a parameter may be a part
-    of a larger tensor, so that its noise needs the place.
+    of a larger tensor, so that its noise needs the place. ``sum_over``: a process group over which every gradient is still to be
+    summed, since the graph does not do it by itself; None: it does. ``model_group``: the process group whose ranks compute parts of
+    the same samples (tensor parallelism).
     """
 
     inputs: tuple[InputSpec, ...]
@@ -49,6 +53,8 @@ class GraphSpec:
     data_meshes: tuple[tuple[str, ...], ...] = ()
     data_ranks: int = 1
     parts: bool = False
+    sum_over: str | None = None
+    model_group: str | None = None
 
     @property
     def data_groups(self) -> frozenset[str]:

@@ -13,6 +13,7 @@ from torch._functorch._aot_autograd import descriptors as aot
 from torch.utils import _pytree as pytree
 
 from .collectives import Reduced, reduced
+from .copies import check_copies
 from .errors import UnsupportedGraphError
 from .graph_spec import GraphSpec, InputSpec, Role
 from .mixing_paths import MixingPaths
@@ -85,6 +86,7 @@ def match_gradients(graph: fx.Graph, spec: GraphSpec, ctx: Context) -> list[Para
         _gradient(ctx, name, rows[name], position, value, ctx.batch == 1) for position, name, value in gradient_outputs(graph, spec)
     ]
     check_reduced(found, spec)
+    check_copies(graph, found, spec)
     paths = MixingPaths(graph, ctx)
     for gradient in found:
         if gradient.node is not None and (mixed := paths.through(gradient.node)) is not None:
@@ -134,7 +136,7 @@ def _gradient(ctx: Context, name: str, row: int, position: int, node: fx.Node | 
         return ParameterGradient(name, row, position, None)
     if isinstance(ctx.type(node), Mixed):
         raise mixing_error(f"the gradient of {name!r}", ctx.type(node))
-    way = reduced(node)
+    way = reduced(node, ctx.data_groups)
     node = way.own
     type_ = ctx.type(node)
     scale = known_scale(type_.scale)

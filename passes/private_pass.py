@@ -14,8 +14,7 @@ from torch._dynamo.utils import dynamo_timed
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from .canonicalize import canonicalize_pass
-from .collectives import mark_recomputed_pass, merge_collectives_pass, reduced
-from .errors import UnsupportedGraphError
+from .collectives import mark_recomputed_pass, merge_collectives_pass, reduced, sum_over_ranks_pass
 from .graph_spec import GraphSpec
 from .match import ParameterGradient, check_reduced, gradient_outputs, match_gradients
 from .normalize_loss import Replacement, normalize_loss_pass
@@ -67,13 +66,11 @@ class PrivateGradientsPass(CustomGraphPass):
 
     def _typed(self, graph: fx.Graph) -> tuple[Context, list[Replacement]]:
         batch = batch_size(graph, self.spec)
-        merge_collectives_pass(graph, [(i, node) for i, _, node in gradient_outputs(graph, self.spec) if node is not None])
-        if batch == 0 and self.spec.data_meshes:
-            raise UnsupportedGraphError(
-                "this rank has no samples in its batch. Without any, parts of the backward vanish, and with them the gathers that "
-                "the other ranks wait for. Give every rank batches of at least one sample, padded under a mask, as "
-                "private_dataloader does."
-            )
+        outputs = [(i, node) for i, _, node in gradient_outputs(graph, self.spec) if node is not None]
+        if self.spec.sum_over is not None:
+            sum_over_ranks_pass(graph, outputs, self.spec.sum_over)
+        else:
+            merge_collectives_pass(graph, outputs, self.spec.data_groups)
         if batch == 0:
             return Context(batch, {}), []
         with dynamo_timed("flashnorm.type_samples"):
@@ -104,7 +101,7 @@ def _empty_batch(graph: fx.Graph, spec: GraphSpec) -> list[ParameterGradient]:
     rows = {name: row for row, name in enumerate(spec.parameters)}
     found = []
     for position, name, value in gradient_outputs(graph, spec):
-        way = None if value is None else reduced(value)
+        way = None if value is None else reduced(value, spec.data_groups)
         found.append(ParameterGradient(name, rows[name], position, None if way is None else way.own, reduced=way))
     check_reduced(found, spec)
     return found

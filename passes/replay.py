@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.functions import FloorDiv
 
+from . import over_ranks
 from .errors import UnsupportedGraphError
 from .factored import SAME
 from .match import Use
@@ -112,6 +113,7 @@ SUBSTITUTES: dict[Any, Callable[..., Any]] = {
     aten._weight_norm_interface_backward.default: _weight_norm_backward,
     aten._unsafe_view.default: lambda x, size: x.reshape(size),
     aten.view.default: lambda x, size: x.reshape(size),
+    **over_ranks.SUBSTITUTES,
 }
 
 

@@ -42,7 +42,7 @@ def type_samples(graph: fx.Graph, spec: GraphSpec) -> Context:
         BatchDimensionError: the private inputs do not have one batch size.
         UnsupportedGraphError: an input whose role is not known, or no private input at all.
     """
-    ctx = Context(batch_size(graph, spec), {}, spec.data_groups)
+    ctx = Context(batch_size(graph, spec), {}, spec.data_groups, spec.model_group)
     for node in graph.nodes:
         if node.op == "placeholder" and not _is_tangent(node):
             ctx.types[node] = _input_type(node, spec)

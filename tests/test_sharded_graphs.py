@@ -11,17 +11,18 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from flashnorm_compile.passes import _compat
-from flashnorm_compile.passes.errors import OptionsError, UnsupportedGraphError
+from flashnorm_compile.passes.errors import OptionsError, SampleMixingError, UnsupportedGraphError
 from torch import Tensor, fx, nn
 from torch._inductor.fx_passes.bucketing import bucket_reduce_scatter
 from torch._inductor.fx_passes.fsdp import bucket_fsdp_all_gather
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import flashnorm_compile
-from flashnorm_compile.distributed import team
+from flashnorm_compile.distributed import team, tensor_parallel
 from flashnorm_compile.noise_key import NoiseKey
 
 c10d = torch.ops._c10d_functional
@@ -197,7 +198,7 @@ def test_replicas_are_reduced_whole(graphs: list[fx.GraphModule]) -> None:
 
 
 def test_any_number_of_samples_sends_the_same(graphs: list[fx.GraphModule]) -> None:
-    """Poisson draws may leave a rank with one sample while others have more. Without any, too much would vanish."""
+    """Poisson draws may leave a rank with one sample, or none, while others have more."""
     sent = []
 
     def run(size: int) -> None:
@@ -211,7 +212,7 @@ def test_any_number_of_samples_sends_the_same(graphs: list[fx.GraphModule]) -> N
     run(1)
     assert len(sent[0]) == 8
     assert sent[0] == sent[1]
-    with pytest.raises(UnsupportedGraphError, match=r"this rank has no samples in its batch.*padded under a mask"):
+    with pytest.raises(UnsupportedGraphError, match=r"this rank has no samples in its first batch.*pad batches under a mask"):
         run(0)
 
 
@@ -234,9 +235,55 @@ def test_different_meshes_are_refused() -> None:
         torch.compile(lambda x: model(x).sum(), backend="flashnorm_eager", options=OPTIONS)(torch.ones(2, 4))
 
 
-def test_tensor_parallel_parameters_are_refused() -> None:
-    """Even where nothing is sent: each rank would clip by the norm of its own part."""
-    mesh = init_device_mesh("cpu", (4,))
-    model = parallelize_module(nn.Linear(4, 8), mesh, ColwiseParallel(use_local_output=True))
-    with pytest.raises(ValueError, match=r"(?s)distributed over .*No rank would see a sample's whole gradient"):
-        torch.compile(lambda x: model(x).square().sum(), backend="flashnorm_eager", options=OPTIONS)(torch.ones(2, 4))
+def parallel(*layers: nn.Module, **settings: Any) -> nn.Module:
+    """The last layer by columns over four ranks."""
+    model = nn.Sequential(*layers, nn.Linear(4, 8))
+    return parallelize_module(model, init_device_mesh("cpu", (4,)), {str(len(layers)): ColwiseParallel(**settings)})
+
+
+def backward(model: nn.Module) -> None:
+    torch.compile(lambda x: model(x).square().sum(), backend="flashnorm_eager", options=OPTIONS)(torch.ones(2, 4)).backward()
+
+
+def test_copies_with_different_gradients_are_refused() -> None:
+    """Tensor parallelism: a norm of a rank's own features, and one whose gradient each rank drops out in its own way."""
+    model = parallel()
+    own = nn.Sequential(model, nn.LayerNorm(2))
+    with pytest.raises(UnsupportedGraphError, match=r"(?s)holds a copy of '1\.weight'; its gradient may differ.*SequenceParallel"):
+        backward(own)
+    with pytest.raises(UnsupportedGraphError, match=r"(?s)holds a copy of '0\.weight'; its gradient may differ.*bernoulli|dropout"):
+        backward(parallel(nn.LayerNorm(4), nn.Dropout(0.5)))
+
+
+def test_tensor_parallelism_does_not_join_batches() -> None:
+    with pytest.raises(SampleMixingError, match="joined to one, as if they held different samples"):
+        backward(parallel(input_layouts=Shard(0)))
+
+
+def test_two_kinds_of_tensor_parallelism_are_refused() -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    for layer, name in zip(model, mesh.mesh_dim_names or (), strict=True):
+        parallelize_module(layer, mesh[name], ColwiseParallel(output_layouts=Replicate()))
+    with pytest.raises(UnsupportedGraphError, match=r"over 2 process groups .* There can be one, that of tensor parallelism"):
+        backward(model)
+
+
+def test_fully_shard_takes_one_dimension_beside_tensor_parallelism() -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "parts"))
+    model = parallelize_module(nn.Linear(4, 8), mesh["parts"], ColwiseParallel())
+    with pytest.raises(OptionsError, match="goes together with one data-parallel dimension"):
+        flashnorm_compile.fully_shard(model, mesh=init_device_mesh("cpu", (2, 2)))
+    with pytest.raises(OptionsError, match="are not dimensions of one mesh"):
+        flashnorm_compile.fully_shard(model, mesh=init_device_mesh("cpu", (4,), mesh_dim_names=("all",)))
+
+
+def test_tensor_parallelism_sums_norms_outside_of_the_graph(graphs: list[fx.GraphModule], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One message of [B, 3] numbers more than without privacy, whatever the number of parameters."""
+    sent: list[tuple[int, ...]] = []
+    reduce = dist.all_reduce
+    monkeypatch.setattr(dist, "all_reduce", lambda x, **settings: (sent.append(tuple(x.shape)), reduce(x, **settings)))
+    monkeypatch.setattr(tensor_parallel, "check_samples", lambda *_: None)
+    backward(parallel(nn.LayerNorm(4), nn.Linear(4, 4), output_layouts=Replicate()))
+    assert sent == [(2, 3)]
+    assert sum(map(count, (gm.graph for gm in graphs)), Counter()) == {GATHER: 1, REDUCE: 1}

@@ -32,7 +32,8 @@ from benchmarks.hopper.generate import Generated, GeneratedGraph, hopper
 from benchmarks.hopper.memory import Walked
 from benchmarks.network import GPUS_PER_NODE
 from flashnorm_compile.backend import with_gathers
-from flashnorm_compile.inputs import classify
+from flashnorm_compile.distributed.groups import ranks_of
+from flashnorm_compile.inputs import classify, example_of
 
 c10d = torch.ops._c10d_functional
 
@@ -124,7 +125,8 @@ def generated_step(problem: Problem, device: str, options: Mapping[str, Any] | N
 def _without_privacy(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
     """A backend that treats collectives as "flashnorm" does, and leaves gradients as they are."""
     nodes = gm.graph.find_nodes(op="placeholder")
-    spec = GraphSpec(tuple(with_gathers(nodes, classify(gm, None))))
+    ranks = ranks_of(example_of(node) for node in nodes)
+    spec = GraphSpec(tuple(with_gathers(nodes, classify(gm, None))), data_meshes=ranks.data_meshes, data_ranks=ranks.data_ranks)
     settings = _compat.with_joint_pass({}, _SameCollectives(spec))
     compiled: Any = compile_fx(gm, list(inputs), config_patches=settings)
     return compiled  # type: ignore[no-any-return]
@@ -135,7 +137,8 @@ class _SameCollectives(CustomGraphPass):
         self.spec = spec
 
     def __call__(self, graph: fx.Graph) -> None:
-        merge_collectives_pass(graph, [(i, node) for i, _, node in gradient_outputs(graph, self.spec) if node is not None])
+        outputs = [(i, node) for i, _, node in gradient_outputs(graph, self.spec) if node is not None]
+        merge_collectives_pass(graph, outputs, self.spec.data_groups)
         mark_recomputed_pass(graph, self.spec)
 
     def uuid(self) -> str:

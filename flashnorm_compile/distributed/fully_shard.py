@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,9 +17,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
+from ..passes import _compat
 from ..passes.errors import OptionsError
-from .groups import register_data_mesh
-from .sharded_class import Sharding, sharded_class
+from .groups import is_data_parallel, register_data_mesh
+from .sharded_class import Inner, Sharding, sharded_class
+from .tensor_parallel import inner_layout
 
 _modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -39,8 +42,10 @@ def fully_shard(
     with a two-dimensional mesh, ``(Replicate(), Shard(0))``: shards within dimension 1, copies along dimension 0 (HSDP). While a
     forward pass runs it is gathered where it is used; its gradient arrives as the average over all ranks, in the same shards.
     Parameters that an earlier call has sharded (bottom-up, on submodules) keep their sharding. A parameter shared by modules of
-    one call stays shared. Call it before the optimizer is made. Values are taken from each rank as they are: all ranks must have
-    built the module alike, or build it on the meta device and call ``to_empty`` and the initialisation afterwards.
+    one call stays shared. Parameters that ``parallelize_module`` has distributed over another dimension of the same mesh keep that
+    layout, within which they are sharded; ``mesh`` has one dimension then. Call it before the optimizer is made. Values are taken
+    from each rank as they are: all ranks must have built the module alike, or build it on the meta device and call ``to_empty`` and
+    the initialisation afterwards.
 
     Args:
         module: the module, or several.
@@ -86,7 +91,8 @@ def replicate(
     mesh = _mesh("replicate", mesh)
     if mesh.ndim != 1:
         raise OptionsError(f"replicate needs a mesh of one dimension; got {mesh.ndim} ({mesh}).")
-    return _shard(module, Sharding(mesh, None, False, mp_policy or MixedPrecisionPolicy()), [Replicate()], ignored_params or set())
+    sharding = Sharding(mesh, None, False, mp_policy or MixedPrecisionPolicy(), copies=True)
+    return _shard(module, sharding, [Replicate()], ignored_params or set())
 
 
 def _mesh(caller: str, mesh: DeviceMesh | None) -> DeviceMesh:
@@ -120,19 +126,35 @@ def _shard_own(
     shared: dict[nn.Parameter, nn.Parameter],
 ) -> None:
     """Shards the parameters that ``owner`` itself holds, unless an earlier call has."""
-    own = {n: p for n, p in owner._parameters.items() if p is not None and p not in ignored and not isinstance(p, DTensor)}
+    own = {n: p for n, p in owner._parameters.items() if p is not None and p not in ignored and not is_data_parallel(p)}
     if not own:
         return
+    before: Any = getattr(owner, "_flashnorm_sharding", None)
+    inner: dict[str, Inner] = {} if before is None else dict(before.inner)
     for name, parameter in own.items():
+        if isinstance(parameter, DTensor):
+            inner[name] = inner_layout(parameter, sharding.mesh)
         if parameter not in shared:
-            pieces = distribute_tensor(parameter.detach(), sharding.mesh, placements, src_data_rank=None)
+            if isinstance(parameter, DTensor):
+                pieces = _distribute_part(parameter, sharding.mesh, placements)
+            else:
+                pieces = distribute_tensor(parameter.detach(), sharding.mesh, placements, src_data_rank=None)
             shared[parameter] = nn.Parameter(pieces, requires_grad=parameter.requires_grad)
         owner._parameters[name] = shared[parameter]
     original = getattr(owner, "_flashnorm_original", type(owner))
     names = frozenset(name for name, parameter in owner._parameters.items() if isinstance(parameter, DTensor))
     owner.__class__ = sharded_class(original, names)  # type: ignore[arg-type]
-    owner._flashnorm_sharding = sharding  # type: ignore[assignment]
+    owner._flashnorm_sharding = replace(sharding, inner=inner)  # type: ignore[assignment]
     _modules.add(owner)
+
+
+def _distribute_part(part: DTensor, mesh: DeviceMesh, placements: list[Placement]) -> DTensor:
+    """Shards or copies this rank's part under tensor parallelism, as FSDP2 does: the whole is a DTensor over both meshes."""
+    pieces = distribute_tensor(part.to_local().detach(), mesh, placements, src_data_rank=None)
+    both = _compat.joined_mesh(mesh, part.device_mesh)
+    outer = [_compat.shard_within(part, one) if isinstance(one, Shard) else one for one in placements]
+    whole, stride = part.shape, part.stride()
+    return DTensor.from_local(pieces.to_local(), both, [*outer, *part.placements], run_check=False, shape=whole, stride=stride)
 
 
 def shardings() -> dict[int, Sharding]:

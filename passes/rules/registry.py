@@ -61,10 +61,17 @@ def present(namespace: Any, *names: str) -> list[Any]:
 class Context:
     """What a rule may ask: the types, shapes and values of a node's arguments."""
 
-    def __init__(self, batch: Expr, types: dict[fx.Node, Result], data_groups: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self,
+        batch: Expr,
+        types: dict[fx.Node, Result],
+        data_groups: frozenset[str] = frozenset(),
+        model_group: str | None = None,
+    ) -> None:
         self.batch = batch
         self.types = types
         self.data_groups = data_groups
+        self.model_group = model_group
         self._keys: dict[Any, int] = {}
         self._node_keys: dict[fx.Node, int] = {}
         self.scalars: dict[str, fx.Node] = {}
