@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from benchmarks import machine
 from benchmarks.case import Case, Suite, in_order
 from benchmarks.contenders import BASELINE, CONTENDERS, EAGER, Contender
 from benchmarks.hopper.rows import DryRow
-from benchmarks.row import RESULTS, Row, write
+from benchmarks.row import RESULTS, Row, read, write
 from benchmarks.runner import DTYPES, Settings, be_quiet, run_case
 from benchmarks.side_by_side import jobs_of, run_side_by_side
 from benchmarks.suites import SUITES
@@ -67,7 +68,7 @@ def _measure(
 ) -> bool:
     """Whether a baseline failed."""
     sizes = options.sizes or ("paper" if options.device == "cuda" else "small")
-    plan = _planned(suites, sizes, options.cases)
+    plan = unmeasured_first(_planned(suites, sizes, options.cases), read(folder))
     settings = Settings(
         device=options.device,
         sizes=sizes,
@@ -95,6 +96,13 @@ def _measure(
         jobs = jobs_of([(suite.name, case) for suite, case in plan], names, options.device)
         run_side_by_side(jobs, settings, report, options.jobs or _processes(options.device))
     return failed
+
+
+def unmeasured_first(plan: list[tuple[Suite, Case]], rows: Sequence[Row]) -> list[tuple[Suite, Case]]:
+    """Cases of which a run that its time has ended left something out come before those that it has measured."""
+    known = {(row.suite, row.case) for row in rows}
+    late = {(row.suite, row.case) for row in rows if row.was_late}
+    return sorted(plan, key=lambda one: (one[0].name, one[1].name) in known - late)
 
 
 def _processes(device: str) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import bench_rows
 import pytest
 
 from benchmarks.contenders import BASELINE, EAGER
@@ -20,7 +21,6 @@ from benchmarks.row import Row
 from benchmarks.runner import Settings
 from benchmarks.side_by_side import ASKS, HAS_DONE, Job, _Conductor, jobs_of, run_side_by_side
 from benchmarks.suites import SUITES
-from tests import bench_rows
 
 SETTINGS = Settings(repeats=3, at_least_s=0.0)
 JOBS = [Job("layers", name, "float32", (BASELINE, EAGER)) for name in ("linear", "layernorm")]

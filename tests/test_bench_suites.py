@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import bench_rows
 import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.__main__ import unmeasured_first
 from benchmarks.case import Case, Suite, in_order
 from benchmarks.contenders import CONTENDERS
 from benchmarks.models.bert import BERT
@@ -231,3 +233,12 @@ def test_every_named_contender_is_registered() -> None:
     for suite in SUITES:
         for case in (*suite.small, *suite.paper):
             assert set(case.contenders or ()) <= registered, f"{suite.name}: {case.name}"
+
+
+def test_a_second_run_begins_with_what_the_first_left_out() -> None:
+    plan = in_order([layers.SUITE], "small")
+    names = [case.name for _, case in plan]
+    measured = [bench_rows.make("flashnorm", name) for name in names[:3]]
+    late = [bench_rows.make("vmap", names[1], error="not run: the time given to this run was over")]
+    assert [case.name for _, case in unmeasured_first(plan, measured + late)] == [names[1], *names[3:], names[0], names[2]]
+    assert unmeasured_first(plan, []) == plan
