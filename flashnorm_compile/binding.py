@@ -128,13 +128,23 @@ class Binding:
         team = self.ranks.team
         if state.team is None and team:
             state.team = Team(team, self.ranks.data_ranks)
-        if team != (state.team.ranks if state.team is not None else ()):
+        self._check_team(state)
+        return torch.tensor([place_of(parameter) for parameter in parameters]) if team else None
+
+    def _check_team(self, state: PrivacyState) -> None:
+        """Also at each release: a graph that trains on one device may have been called before any that trains on several.
+
+        Raises:
+            UnsupportedGraphError: other graphs of the state train on other ranks. Copies that each rank trains by itself, under
+                the noise that all ranks share, would tell their samples by their difference.
+        """
+        team, theirs = self.ranks.team, () if state.team is None else state.team.ranks
+        if team != theirs:
             raise UnsupportedGraphError(
                 f"{self.describe()} trains on the ranks {list(team) or 'of this process alone'}, and other parameters of the model "
-                f"on {list(state.team.ranks)}. The graphs of one model share their noise, so they need the same ranks: give every "  # type: ignore[union-attr]
-                "call of fully_shard and replicate, or DistributedDataParallel, the whole model and one mesh."
+                f"on {list(theirs)}. The graphs of one model share their noise, so they need the same ranks: give every call of "
+                "fully_shard and replicate, or DistributedDataParallel, the whole model and one mesh."
             )
-        return torch.tensor([place_of(parameter) for parameter in parameters]) if team else None
 
     def describe(self) -> str:
         """Names the graph for an error: its modules, and why the graph before it ended."""
@@ -158,6 +168,7 @@ class Binding:
         self._refuse_nested(backward)
         _admit(backward, self, places)
         state, options = places.state, self.options
+        self._check_team(state)
         mean, batch, clip = options.loss_reduction == "mean", max(norms_sq.shape[0], 1), state.max_grad_norm
         state.agree(0 if blank else batch)
         size = state.normalizer(batch) if mean else 1

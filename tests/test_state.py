@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flashnorm_compile.binding import Binding, binding_for
+from flashnorm_compile.distributed.groups import Ranks
 from flashnorm_compile.noise_key import NoiseKey, streams_of
 from flashnorm_compile.state import PrivacyState, privacy
 
@@ -337,3 +338,33 @@ def test_parameters_are_held_weakly() -> None:
     assert state.names == ["weight", "bias"]
     with pytest.raises(RuntimeError, match="no handler has the number"):
         release_op.release(torch.tensor(10**9), NORMS, NORMS)
+
+
+ALONE, TOGETHER = Ranks(), Ranks(team=(0, 1), data_ranks=2)
+APART = r"trains on the ranks of this process alone, and other .* on \[0, 1\]"
+
+
+def _two_blocks() -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    privacy(model)
+    return model
+
+
+def _bound(block: nn.Module, ranks: Ranks) -> Binding:
+    return binding_for(list(block.parameters()), ["weight", "bias"], options(clipping="per_layer"), ranks=ranks)
+
+
+def test_a_graph_that_each_rank_trains_alone_is_refused_beside_one_that_ranks_train_together() -> None:
+    """Both would draw the noise that the ranks share, and one would put it on sums that differ among them."""
+    model = _two_blocks()
+    _bound(model[1], TOGETHER)
+    with pytest.raises(UnsupportedGraphError, match=APART):
+        _bound(model[0], ALONE)
+
+
+def test_so_is_one_that_was_called_before_the_other_was_known() -> None:
+    model = _two_blocks()
+    first = _bound(model[0], ALONE)
+    _bound(model[1], TOGETHER)
+    with pytest.raises(UnsupportedGraphError, match=APART):
+        release(first)
