@@ -117,8 +117,9 @@ class TestGradients:
 
     @pytest.mark.slow
     @pytest.mark.parametrize("contender", COMPILED, ids=by_name)
-    def test_compiled_convolutions(self, contender: Contender) -> None:
-        assert noiseless_error(contender, convolutional()) < TOLERANCE
+    @pytest.mark.parametrize("build", [transformer, convolutional])
+    def test_compiled_larger(self, contender: Contender, build: Callable[[], Problem]) -> None:
+        assert noiseless_error(contender, build()) < TOLERANCE
 
     @pytest.mark.parametrize(
         "contender", [c for c in EAGER if c.name not in ("opacus ghost", "two-pass ghost", "book-keeping", "fastdp")], ids=by_name
