@@ -10,6 +10,7 @@ import pytest
 import torch
 from flashnorm_compile.passes import peaks
 from flashnorm_compile.passes.choose import Again, Decision, Kept, Way, choose
+from models.algebra import Stack
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -98,19 +99,6 @@ def test_the_choice_costs_what_exhaustive_search_finds() -> None:
 
 def test_no_room_at_all_means_no_limit() -> None:
     assert choose([[Way(2.0, 5.0), Way(1.0, 9.0)]], [0], []) == Decision((1,), 1.0, 0.0)
-
-
-class Stack(nn.Module):
-    """Wide layers over few positions: per-sample gradients are larger than all activations."""
-
-    def __init__(self, width: int, layers: int) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(layers))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = torch.tanh(layer(x))
-        return x.square().mean()
 
 
 def algorithms(report: dict[str, Any]) -> set[str]:

@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 import torch
 from flashnorm_compile.passes import _compat, kernels
+from models.algebra import Stack
 from models.sequence import WIDTH, Checkpointed
 from models.zoo import ZOO
 from oracle import check, gradients_of
@@ -30,19 +31,6 @@ OPTIONS: dict[str, Any] = {"max_grad_norm": 0.1, "noise_multiplier": 0.0}
 def test_oracle_of_the_kernels_operators(name: str) -> None:
     with mock.patch.object(kernels, "fused", return_value=True):
         check(ZOO[name], norm_algorithm="recompute", memory_budget=1.0, clipping="per_layer")
-
-
-class Stack(nn.Module):
-    """Layers whose inputs are all that the forward saves, with as much to hold for each layer's output again."""
-
-    def __init__(self, width: int = 64, layers: int = 8) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(layers))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = torch.tanh(layer(x))
-        return x.square().mean()
 
 
 def step(model: nn.Module, x: Tensor, backend: str = "flashnorm_eager", **options: Any) -> Callable[[], None]:

@@ -202,3 +202,17 @@ CASES = [
     _case("gathered", Gathered, _rows(6), 6, 2),
     _case("experts", MixtureOfExperts, _rows(6), 4),
 ]
+
+
+class Stack(nn.Module):
+    """Layers whose inputs are all that the forward saves, with as much to hold for each layer's output again. Over few positions
+    per-sample gradients are larger than all activations."""
+
+    def __init__(self, width: int = 64, layers: int = 8) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x.square().mean()
