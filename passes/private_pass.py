@@ -24,7 +24,7 @@ from .rewrite import rewrite_gradients
 from .rules import Context
 from .rules.registry import USER_RULES
 from .sample_types import Mixed
-from .type_samples import annotate, batch_size, fix_shared_batch_size, type_samples
+from .type_samples import annotate, batch_size, fix_other_sizes, fix_shared_batch_size, type_samples
 
 # Called with a stage ("before", "typed", "after"), the graph, and what is known by then.
 Observer = Callable[[str, fx.Graph, "Outcome | None"], None]
@@ -76,8 +76,9 @@ class PrivateGradientsPass(CustomGraphPass):
         with dynamo_timed("flashnorm.type_samples"):
             canonicalize_pass(graph)
             ctx = type_samples(graph, self.spec)
-            if _mixes(graph, self.spec, ctx) and fix_shared_batch_size(graph, self.spec):
-                ctx = type_samples(graph, self.spec)
+            for fix in (fix_shared_batch_size, fix_other_sizes):
+                if _mixes(graph, self.spec, ctx) and fix(graph, self.spec):
+                    ctx = type_samples(graph, self.spec)
             replacements = normalize_loss_pass(graph, self.spec, ctx)
             if replacements:
                 ctx = type_samples(graph, self.spec)

@@ -162,6 +162,22 @@ def fix_shared_batch_size(graph: fx.Graph, spec: GraphSpec) -> bool:
     return True
 
 
+def fix_other_sizes(graph: fx.Graph, spec: GraphSpec) -> bool:
+    """Fixes every symbolic size of the inputs but the batch size to the traced one, by guards; returns whether there was any.
+
+    Where two inputs list a sample's elements in sizes of their own (T - 1 by 2 of one, 4 by 2 of the other), samples line up for
+    some sizes and not for others.
+    """
+    batch = expression(batch_size(graph, spec))
+    values = [node.meta.get("val") for node in graph.find_nodes(op="placeholder")]
+    sizes = [size for value in values for size in (value.shape if isinstance(value, torch.Tensor) else (value,))]
+    found = [size for size in sizes if isinstance(size, torch.SymInt) and size.node.has_hint()]
+    others = [size for size in found if not expression(size).is_number and expression(size) != batch]
+    for size in others:
+        int(size)
+    return bool(others)
+
+
 def _input_type(node: fx.Node, spec: GraphSpec) -> SampleType:
     desc = node.meta.get("desc")
     while isinstance(desc, aot.SubclassGetAttrAOTInput):

@@ -561,6 +561,30 @@ INDEPENDENT: dict[str, Program] = {
         ),
         expected_batch_size=6.0,
     ),
+    "a function of a matrix under a mean over tokens": program(
+        2,
+        [Input("x", (B, 2, 2, 3)), Input("targets", (B, 2, 2), bound=3)],
+        [Param("w0", (3, 3))],
+        step("v0", "matrix_exp", "w0"),
+        step("v1", "positions", "v0", length=2, style="embedding"),
+        step("v2", "add", "v1", "x"),
+        losses=(step("l0", "cross_entropy", "v2", "targets", style="flat", reduction="mean"),),
+    ),
+    "targets in dynamic sizes of their own": program(
+        3,
+        [Input("ids", (B, 5), bound=4), Input("targets", (4, B, 2), bound=2)],
+        [Param("w0", (4, 1)), Param("w1", (1,), layer=1), Param("w2", (1, 1, 1, 2), layer=2)],
+        step("v0", "permute", "ids", order=(1, 0)),
+        step("v1", "add", "w0", "w1"),
+        step("v2", "embedding", "v0", "v1"),
+        step("v3", "unfold", "v2", dim=0, size=2),
+        step("v4", "maximum", "w2", "v3"),
+        step("v5", "cat", "v4", "v3", dim=2),
+        losses=(step("l0", "cross_entropy", "v5", "targets", style="flat", reduction="sum"),),
+        clipping="group",
+        loss_reduction="sum",
+        dynamic=True,
+    ),
 }
 
 

@@ -203,7 +203,7 @@ def cat(ctx: Context, node: fx.Node) -> Result:
             return ctx.mixed(node, "it joins parts of the batch that are not whole batches")
         public = [t for t in tensors if isinstance(ctx.type(t), Public) and not is_zero(ctx, t)]
         return ctx.mixed(node, "it appends public rows to the batch") if public and ctx.batch != 1 else found
-    if isinstance(found, Mixed) and found.origin is node and _public_beside_sum(ctx, tensors):
+    if isinstance(found, Mixed) and _public_beside_sum(ctx, tensors):
         return Affine(scale=_scale_of_sums(ctx, tensors))
     return found
 
@@ -252,7 +252,7 @@ def slice_scatter(ctx: Context, node: fx.Node) -> Result:
         start = _bound(node.args[3] if len(node.args) > 3 and node.args[3] is not None else 0, ctx.shape(base)[dim])
         if not _whole_periods(ctx, found.axis, start, ctx.shape(part)[dim]):
             return ctx.mixed(node, "it writes to some of the samples")
-    if isinstance(found, Mixed) and found.origin is node and _public_beside_sum(ctx, (base, part)):
+    if isinstance(found, Mixed) and _public_beside_sum(ctx, (base, part)):
         return Affine(scale=_scale_of_sums(ctx, (base, part)))
     return found
 
