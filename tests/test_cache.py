@@ -13,6 +13,7 @@ import pytest
 import torch
 from models.zoo import ZOO
 from oracle import Gradients, assert_agree, case_gradients, clip, halving_options, in_double
+from torch._inductor import cpu_vec_isa
 
 pytestmark = pytest.mark.slow
 
@@ -41,6 +42,8 @@ class Process:
             "TORCHINDUCTOR_CACHE_DIR": str(directory),
             "TORCHINDUCTOR_FX_GRAPH_CACHE": "1",
             "TORCHINDUCTOR_AUTOGRAD_CACHE": "1",
+            # Known already: in a fresh directory each of them would compile to find out which instructions there are.
+            "TORCHINDUCTOR_VEC_ISA_OK": str(int(bool(cpu_vec_isa.pick_vec_isa()))),
             "PYTHONPATH": str(HERE),
             "OMP_NUM_THREADS": "1",
         }
