@@ -3,6 +3,9 @@
 torchrun --nproc-per-node 2 -m examples.sharded_llama                  # GPUs where there are some, else gloo on the CPU
 torchrun --nproc-per-node 4 -m examples.sharded_llama --replicas 2     # HSDP: shards within pairs, two copies
 torchrun --nproc-per-node 2 -m examples.sharded_llama --checkpoint run # saves, and goes on from what is there
+
+With --checkpoint, and torchrun's --max-restarts, a training goes on after a rank has died. Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+for torchrun then: torch 2.13 otherwise lets restarted ranks look for each other where the dead ones were, and they cannot connect.
 """
 
 from __future__ import annotations
@@ -66,15 +69,39 @@ class Training:
         privacy(self.model).load_state_dict(state["privacy"])
 
 
-def train(model: nn.Module, steps: int, backend: str, checkpoint: Path | None) -> list[float]:
-    """Mean losses of this rank's samples, one for each step."""
+def save(training: Training, folder: Path, step: int) -> None:
+    """Whole or not at all: the step is written down when every rank has saved its part."""
+    dcp.save({"training": training}, checkpoint_id=folder / f"step{step}")
+    if dist.get_rank() == 0:
+        (folder / "draft").write_text(str(step))
+        (folder / "draft").replace(folder / "latest")
+
+
+def load(training: Training, folder: Path) -> int:
+    """Goes on from the last checkpoint in ``folder``; how many steps were done there, 0 if there is none.
+
+    Rank 0 opens the ledger: steps that were made after the checkpoint and are lost have been released, and stay counted.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    latest = folder / "latest"
+    done = int(latest.read_text()) if latest.exists() else 0
+    if done:
+        dcp.load({"training": training}, checkpoint_id=folder / f"step{done}")
+    if dist.get_rank() == 0:
+        privacy(training.model).record_to(folder / "ledger.jsonl")
+    return done
+
+
+def train(model: nn.Module, steps: int, backend: str, checkpoint: Path | None, save_every: int) -> list[float]:
+    """Mean losses of this rank's samples, one for each step that is made here."""
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     training = Training(model, optimizer)
-    if checkpoint is not None and checkpoint.exists():
-        dcp.load({"training": training}, checkpoint_id=checkpoint)
+    done = load(training, checkpoint) if checkpoint is not None else 0
+    if done >= steps:
+        return []
     loader = private_dataloader(records(), privacy(model), expected_batch_size=64, truncated_batch_size=80,
-                                physical_batch_size=80 // dist.get_world_size(), steps=steps)  # fmt: skip
+                                physical_batch_size=80 // dist.get_world_size(), steps=steps - done)  # fmt: skip
 
     def loss(tokens: Tensor, mask: Tensor) -> Tensor:
         logits = model(tokens[:, :-1]).float()
@@ -83,14 +110,14 @@ def train(model: nn.Module, steps: int, backend: str, checkpoint: Path | None) -
 
     private_loss = torch.compile(loss, backend=backend, options=OPTIONS)
     losses = []
-    for tokens, mask in loader:
+    for step, (tokens, mask) in enumerate(loader, done + 1):
         value = private_loss(tokens.to(device), mask.to(device))
         value.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(value.item() * len(mask) / max(float(mask.sum()), 1.0))
-    if checkpoint is not None:
-        dcp.save({"training": training}, checkpoint_id=checkpoint)
+        if checkpoint is not None and (step % save_every == 0 or step == steps):
+            save(training, checkpoint, step)
     return losses
 
 
@@ -100,14 +127,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--backend", default="flashnorm")
     parser.add_argument("--checkpoint", type=Path, help="folder to go on from, and to save in")
+    parser.add_argument("--save-every", type=int, default=10, help="steps between checkpoints")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     if device == "cuda":
         torch.cuda.set_device(dist.get_node_local_rank())
     model = sharded_model(device, arguments.replicas)
-    losses = train(model, arguments.steps, arguments.backend, arguments.checkpoint)
-    if dist.get_rank() == 0:
+    losses = train(model, arguments.steps, arguments.backend, arguments.checkpoint, arguments.save_every)
+    if dist.get_rank() == 0 and losses:
         state = privacy(model)
         print(f"loss {losses[0]:.2f} -> {losses[-1]:.2f} in {state.steps} steps, epsilon {state.epsilon(1e-5):.2f} at 1e-5")
     dist.destroy_process_group()

@@ -111,7 +111,7 @@ def compile_private(
         data_meshes=ranks.data_meshes,
         data_ranks=ranks.data_ranks,
         parts=any(isinstance(example, DTensor) for example in examples),
-        sum_over=None if group is None else group.group_name,
+        sum_over=group.group_name if group is not None and ranks.data_ranks > 1 else None,
         model_group=ranks.model_group,
     )
     observers = (*observers, *dump.observers(spec))

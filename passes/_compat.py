@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import fx, nn
 from torch._dynamo.backends.distributed import DDPOptimizer
 from torch._dynamo.source import ConstantSource
@@ -200,3 +202,9 @@ def partitioned_backward(joint: fx.GraphModule) -> fx.Graph:
     forward = next(i for i, desc in enumerate(outputs) if desc is None or isinstance(_plain(desc), GradAOTOutput))
     _, backward = min_cut_rematerialization_partition(joint, None, compiler="inductor", num_fwd_outputs=forward)
     return backward.graph
+
+
+def gloo_group(name: str, ranks: Sequence[int], timeout: timedelta) -> Any:
+    """A process group of gloo's alone, which all of ``ranks`` make under one name and no other rank needs to know of."""
+    store = dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
+    return dist.ProcessGroupGloo(store, list(ranks).index(dist.get_rank()), len(ranks), timeout=timeout)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from flashnorm_compile.passes.errors import PrivacyError, UnsupportedGraphError
-from gloo_scenarios import LOCAL, Block, Tied, by_blocks, compiled, loss_of, trains_as_one_process
+from gloo_scenarios import BOTH, LOCAL, Block, Compile, Layout, Tied, by_blocks, compiled, loss_of, trains_as_one_process
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -51,27 +51,27 @@ def parallel_everywhere(model: Tied, mesh: DeviceMesh) -> None:
 def tensor_parallel() -> None:
     """Two pairs of ranks, each with parts of the same samples."""
     mesh = data_and_parts()["parts"]
-    trains_as_one_process(lambda model: parallel_blocks(model, mesh), 0, 1, "per_layer")
+    trains_as_one_process(lambda model: parallel_blocks(model, mesh), 0, 1, BOTH)
 
 
 def tensor_parallel_and_fsdp() -> None:
-    mesh = data_and_parts()
+    data, parts = data_and_parts()["data"], data_and_parts()["parts"]
 
     def layout(model: Tied) -> None:
-        parallel_everywhere(model, mesh["parts"])
-        by_blocks(mesh=mesh["data"])(model)
+        parallel_everywhere(model, parts)
+        by_blocks(mesh=data)(model)
 
-    trains_as_one_process(layout, mesh.get_local_rank("data"), 2, "flat")
+    trains_as_one_process(layout, data.get_local_rank(), 2, BOTH)
 
 
 def tensor_parallel_and_copies() -> None:
-    mesh = data_and_parts()
+    data, parts = data_and_parts()["data"], data_and_parts()["parts"]
 
     def layout(model: Tied) -> None:
-        parallel_blocks(model, mesh["parts"])
-        flashnorm_compile.replicate(model, mesh=mesh["data"])
+        parallel_blocks(model, parts)
+        flashnorm_compile.replicate(model, mesh=data)
 
-    trains_as_one_process(layout, mesh.get_local_rank("data"), 2, "per_layer")
+    trains_as_one_process(layout, data.get_local_rank(), 2, BOTH)
 
 
 def tensor_parallel_refusals() -> None:
@@ -112,8 +112,26 @@ def compiled_inside_ddp(model: nn.Module, options: dict[str, Any]) -> Callable[.
 def distributed_data_parallel() -> None:
     """Its reducer rests: gradients and noise are those of one process."""
     with mock.patch.object(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 1):
-        trains_as_one_process(lambda model: None, dist.get_rank(), 4, "flat", compiled_around_ddp)
-    trains_as_one_process(lambda model: None, dist.get_rank(), 4, "per_layer", compiled_inside_ddp)
+        trains_as_one_process(lambda model: None, dist.get_rank(), 4, ["flat"], compiled_around_ddp)
+    trains_as_one_process(lambda model: None, dist.get_rank(), 4, ["per_layer"], compiled_inside_ddp)
+
+
+def one_rank() -> None:
+    """Every rank is a world of its own, on which nothing is sent; each lays its parameters out in another way."""
+    alone = init_device_mesh("cpu", (4, 1), mesh_dim_names=("world", "data"))["data"]
+    copy_of_one = init_device_mesh("cpu", (4, 1, 1), mesh_dim_names=("world", "replicate", "shard"))["replicate", "shard"]
+
+    def compiled_in_ddp(model: nn.Module, options: dict[str, Any]) -> Callable[..., Tensor]:
+        return compiled(DistributedDataParallel(model, process_group=alone.get_group()), options)
+
+    ways: list[tuple[Layout, Compile | None]] = [
+        (by_blocks(mesh=alone), None),
+        (by_blocks(mesh=copy_of_one, reshard_after_forward=False), None),
+        (lambda model: flashnorm_compile.replicate(model, mesh=alone), None),
+        (lambda model: None, compiled_in_ddp),
+    ]
+    layout, compile_ = ways[dist.get_rank()]
+    trains_as_one_process(layout, 0, 1, BOTH, compile_)
 
 
 def ddp_refusals() -> None:
@@ -136,6 +154,6 @@ def ddp_refusals() -> None:
 
 
 SCENARIOS = [
-    distributed_data_parallel, ddp_refusals, tensor_parallel, tensor_parallel_and_fsdp, tensor_parallel_and_copies,
+    distributed_data_parallel, one_rank, ddp_refusals, tensor_parallel, tensor_parallel_and_fsdp, tensor_parallel_and_copies,
     tensor_parallel_refusals,
 ]  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from flashnorm_compile.passes import kernels
+from flashnorm_compile.passes import _compat, kernels
 from flashnorm_compile.passes.errors import PrivacyError, SampleMixingError, UnprotectedGradientError, UnsupportedGraphError
 from flashnorm_compile.templates import noise
 from oracle import Gradients, assert_agree, clip, double_copy, halving_options, per_sample_gradients
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.distributed._functional_collectives import all_gather_tensor_autograd, all_reduce
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -26,8 +26,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 import flashnorm_compile
 from examples.sharded_llama import Training
+from flashnorm_compile.backend import compile_private
+from flashnorm_compile.options import Options
+from flashnorm_compile.private_graph import PrivateGraph
 
 LOCAL, TOKENS, WORDS = 3, 6, 11
+BOTH = ("flat", "per_layer")
 Layout = Callable[["Tied"], Any]
 Compile = Callable[[nn.Module, dict[str, Any]], Callable[..., Tensor]]
 
@@ -97,8 +101,47 @@ def compiled(model: nn.Module, options: dict[str, Any]) -> Callable[..., Tensor]
     return torch.compile(lambda ids, labels: loss_of(model, ids, labels), backend="flashnorm_eager", options=options)
 
 
-def trains_as_one_process(shard: Layout, index: int, ranks: int, clipping: str, compiled: Compile = compiled) -> None:
-    """Three steps: gradients are the oracle's for all ranks' samples, plus the noise of whole parameters, under any layout."""
+class OneGraph:
+    """Compiles several models of one kind, each with options of its own, to one graph: how gradients are clipped enters at run
+    time only. Whether it does is seen by comparing every model's gradients with the oracle."""
+
+    def __init__(self) -> None:
+        self.step = torch.compile(loss_of, backend=self._backend)
+        self.options = Options.parse({"max_grad_norm": 1.0, "noise_multiplier": 1.0})
+
+    def __call__(self, model: nn.Module, options: dict[str, Any]) -> Callable[..., Tensor]:
+        parsed = Options.parse(options)
+
+        def step(ids: Tensor, labels: Tensor) -> Tensor:
+            self.options = parsed
+            return self.step(model, ids, labels)
+
+        return step
+
+    def _backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        first = compile_private(gm, inputs, self.options, inner_compile=_compat.run_graph)
+        assert isinstance(first, PrivateGraph)
+        graphs = {str(self.options): first}
+
+        def run(*args: Any) -> Any:
+            if str(self.options) not in graphs:
+                graphs[str(self.options)] = PrivateGraph(
+                    first.compiled, first.specs, self.options, first.reason, first.ranks, first.group
+                )
+            return graphs[str(self.options)](*args)
+
+        return run
+
+
+def trains_as_one_process(shard: Layout, index: int, ranks: int, clippings: Sequence[str], compiled: Compile | None = None) -> None:
+    """Three steps with each kind of clipping: gradients are the oracle's for all ranks' samples, plus the noise of whole
+    parameters, in the very bits that one process draws, under any layout."""
+    compiled = compiled or OneGraph()
+    for clipping in clippings:
+        _trains_as_one_process(shard, index, ranks, clipping, compiled)
+
+
+def _trains_as_one_process(shard: Layout, index: int, ranks: int, clipping: str, compiled: Compile) -> None:
     torch.manual_seed(0)
     model = Tied()
     twin = copy.deepcopy(model)
@@ -108,9 +151,9 @@ def trains_as_one_process(shard: Layout, index: int, ranks: int, clipping: str, 
     state = flashnorm_compile.privacy(model)
     private = compiled(model, options)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.3, momentum=0.9) for m in (model, twin)]
+    mine = slice(index * LOCAL, (index + 1) * LOCAL)
     for step in range(3):
         ids, labels = batch(step, LOCAL * ranks)
-        mine = slice(index * LOCAL, (index + 1) * LOCAL)
         private(ids[mine], labels[mine]).backward()
         want = clip(samples_of(double_copy(twin), ids, labels), options)
         std = options["noise_multiplier"] * options["max_grad_norm"] / len(ids)
@@ -125,6 +168,18 @@ def trains_as_one_process(shard: Layout, index: int, ranks: int, clipping: str, 
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(whole(parameter), twin.get_parameter(name), rtol=1e-6, atol=1e-6)
     assert state.steps == 3
+    state.noise_multiplier = 1e20  # beside it gradients vanish: what is released are the bits of the noise
+    private(ids[mine], labels[mine]).backward()
+    drawn = drawn_by_one_process(state, dict(twin.named_parameters()), state.noise_multiplier * state.max_grad_norm / len(ids))
+    assert all(torch.equal(got, drawn[name]) for name, got in gradients(model).items())
+
+
+def drawn_by_one_process(state: Any, parameters: dict[str, nn.Parameter], std: float) -> Gradients:
+    """The noise of the last release for whole parameters."""
+    keys = dict(zip(state.names, state.noise_keys(state._releases), strict=True))
+    trained = {name: p for name, p in parameters.items() if p.requires_grad}
+    draw = torch.ops.flashnorm.add_noise
+    return {name: draw(torch.zeros_like(p), keys[name].unsqueeze(0), torch.tensor(std), 0) for name, p in trained.items()}
 
 
 def by_blocks(**settings: Any) -> Layout:
@@ -137,19 +192,25 @@ def by_blocks(**settings: Any) -> Layout:
 
 
 def fsdp() -> None:
-    trains_as_one_process(by_blocks(), dist.get_rank(), 4, "flat")
+    trains_as_one_process(by_blocks(), dist.get_rank(), 4, BOTH)
+
+
+def fsdp_of_two_ranks() -> None:
+    """Ranks 0 and 1, and ranks 2 and 3, are worlds of their own: nothing passes between them."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("world", "data"))["data"]
+    trains_as_one_process(by_blocks(mesh=mesh), dist.get_rank() % 2, 2, BOTH)
 
 
 def hsdp() -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    trains_as_one_process(by_blocks(mesh=mesh, reshard_after_forward=False), dist.get_rank(), 4, "per_layer")
+    trains_as_one_process(by_blocks(mesh=mesh, reshard_after_forward=False), dist.get_rank(), 4, BOTH)
 
 
 def replicated_in_pairs() -> None:
     """Ranks 0 and 1 train together, and so do ranks 2 and 3; nothing passes between the pairs. By the operators of a GPU."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pair", "data"))["data"]
     with mock.patch.object(kernels, "fused", return_value=True):
-        trains_as_one_process(lambda model: flashnorm_compile.replicate(model, mesh=mesh), dist.get_rank() % 2, 2, "automatic")
+        trains_as_one_process(lambda model: flashnorm_compile.replicate(model, mesh=mesh), dist.get_rank() % 2, 2, ["automatic"])
 
 
 def mixed_precision() -> None:
@@ -291,6 +352,20 @@ def ranks_that_differ() -> None:
     fails(r"batch size .set expected_batch_size if it varies.: rank 3 has 2, rank 0 has 3", size=2 if rank == 3 else LOCAL)
 
 
+def ranks_with_other_groups_of_their_own() -> None:
+    """A rank may have made process groups that the others know nothing of, and another number of them."""
+    if dist.get_rank() == 1:
+        dist.new_group([1], use_local_synchronization=True)
+    model = nn.Linear(6, 6)
+    flashnorm_compile.fully_shard(model)
+    options = {"max_grad_norm": 1.0, "noise_multiplier": 1.0}
+    torch.compile(lambda x: model(x).square().mean(), backend="flashnorm_eager", options=options)(torch.ones(3, 6)).backward()
+    keys = flashnorm_compile.privacy(model).noise_keys(1)
+    everybody = [torch.empty_like(keys) for _ in range(4)]
+    dist.all_gather(everybody, keys)
+    assert all(torch.equal(keys, theirs) for theirs in everybody)
+
+
 def samples_that_meet_across_ranks() -> None:
     """Values of single samples in a collective, and a parameter that ranks would train apart, are refused; one sample each, too."""
 
@@ -347,8 +422,8 @@ def one_step(training: Training, private: Callable[..., Tensor], size: int, inde
 
 
 def checkpoints_on_other_numbers_of_ranks() -> None:
-    """Saved on four ranks; loaded on two, on one, and into FSDP2: the same tensors and account, the next step the same, its noise
-    new and one for all ranks."""
+    """Saved on four ranks; loaded on two, on one, and into FSDP2 and back: the same tensors and account, the next step the same
+    (on ranks 0 and 1, and on rank 3), its noise new and one for all ranks."""
     folder, rank = checkpoint_folder(), dist.get_rank()
     options = {"max_grad_norm": 0.05, "noise_multiplier": 1.0, "expected_batch_size": 12.0}
     pairs = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pair", "data"))["data"]
@@ -374,15 +449,18 @@ def checkpoints_on_other_numbers_of_ranks() -> None:
     one = trained(lambda model: None, 2)
     dcp.load({"training": one}, checkpoint_id=folder, no_dist=True)
     fsdp2 = trained(torch.distributed.fsdp.fully_shard, 3)
-    plain = dict(zip(("model", "optimizer"), get_state_dict(fsdp2.model, fsdp2.optimizer), strict=True))
-    dcp.load({"training": plain}, checkpoint_id=folder)
-    set_state_dict(fsdp2.model, fsdp2.optimizer, model_state_dict=plain["model"], optim_state_dict=plain["optimizer"])
-    for training in (two, one, fsdp2):
+    load_plain(fsdp2, folder)
+    plain = {"training": dict(zip(("model", "optimizer"), get_state_dict(fsdp2.model, fsdp2.optimizer), strict=True))}
+    dcp.save(plain, checkpoint_id=f"{folder}/plain")
+    back = trained(by_blocks(), 4)
+    load_plain(back, f"{folder}/plain")
+    for training in (two, one, fsdp2, back):
         loaded = tensors_of(training)
         assert loaded.keys() == saved.keys()
         assert all(torch.equal(loaded[name], saved[name]) for name in saved)
 
-    for training, size, index in ((two, 6, rank % 2), (one, 12, 0)):
+    goes_on = {0: [(two, 6, 0)], 1: [(two, 6, 1)], 3: [(one, 12, 0)]}
+    for training, size, index in goes_on.get(rank, []):
         restored = flashnorm_compile.privacy(training.model)
         assert (restored.steps, restored.noise_multiplier) == (1, 1.0)
         restored.noise_multiplier = 0.0
@@ -396,6 +474,13 @@ def checkpoints_on_other_numbers_of_ranks() -> None:
             everybody = [torch.empty_like(keys) for _ in range(2)]
             dist.all_gather(everybody, keys, group=pairs.get_group())
             assert torch.equal(everybody[0], everybody[1])
+
+
+def load_plain(training: Training, folder: str) -> None:
+    """Model and optimizer, as a script without privacy loads them."""
+    plain = dict(zip(("model", "optimizer"), get_state_dict(training.model, training.optimizer), strict=True))
+    dcp.load({"training": plain}, checkpoint_id=folder)
+    set_state_dict(training.model, training.optimizer, model_state_dict=plain["model"], optim_state_dict=plain["optimizer"])
 
 
 def without_privacy() -> None:
@@ -416,6 +501,7 @@ def without_privacy() -> None:
 
 
 SCENARIOS = [
-    fsdp, hsdp, replicated_in_pairs, mixed_precision, looks_like_fsdp2, accumulates_and_guards, ranks_that_differ,
-    samples_that_meet_across_ranks, checkpoints_on_other_numbers_of_ranks, without_privacy, ranks_with_few_samples,
+    fsdp, fsdp_of_two_ranks, hsdp, replicated_in_pairs, mixed_precision, looks_like_fsdp2, accumulates_and_guards,
+    ranks_that_differ, ranks_with_other_groups_of_their_own, samples_that_meet_across_ranks, checkpoints_on_other_numbers_of_ranks,
+    without_privacy, ranks_with_few_samples,
 ]  # fmt: skip

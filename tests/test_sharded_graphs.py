@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -214,6 +215,18 @@ def test_any_number_of_samples_sends_the_same(graphs: list[fx.GraphModule]) -> N
     assert sent[0] == sent[1]
     with pytest.raises(UnsupportedGraphError, match=r"this rank has no samples in its first batch.*pad batches under a mask"):
         run(0)
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (1, 4), (4, 1)])
+def test_nothing_is_sent_along_a_dimension_of_one_rank(shape: tuple[int, ...], graphs: list[fx.GraphModule]) -> None:
+    mesh = init_device_mesh(
+        "cpu", (4 // math.prod(shape), *shape), mesh_dim_names=("world", "replicate", "shard")[: 1 + len(shape)]
+    )
+    names = mesh.mesh_dim_names[1:]
+    forward, backward = step(flashnorm_compile.fully_shard(Tied(), mesh=mesh[names]), graphs)
+    sharded, copied = shape[-1] > 1, len(shape) == 2 and shape[0] > 1
+    assert count(forward) == ({GATHER: 3} if sharded else {})
+    assert count(backward) == ({GATHER: 2, SCATTER: 3} if sharded else {}) | ({REDUCE: 3} if copied else {})
 
 
 def test_wrong_arguments_are_named() -> None:

@@ -45,9 +45,10 @@ def _is_data(group: Any) -> bool:
 class Ranks:
     """The ranks that train the parameters of one graph together.
 
-    ``team``: all of them, in order; empty on one device. ``data_meshes``: for each mesh of the parameters, the process groups of
-    its data-parallel dimensions. ``data_ranks``: how many ranks' samples meet in a gradient. ``model_group``: the process group
-    whose ranks compute parts of the same samples (tensor parallelism), if there is one.
+    ``team``: all of them, in order; empty on one device, also where that is a mesh of one rank. ``data_meshes``: for each mesh of
+    the parameters, the process groups of its data-parallel dimensions that have several ranks. ``data_ranks``: how many ranks'
+    samples meet in a gradient. ``model_group``: the process group whose ranks compute parts of the same samples (tensor
+    parallelism), if there is one.
     """
 
     team: tuple[int, ...] = ()
@@ -65,14 +66,14 @@ def ranks_of(parameters: Iterable[Any], copied_over: Any = None) -> Ranks:
     """
     if copied_over is not None:
         team = tuple(dist.get_process_group_ranks(copied_over))
-        return Ranks(team, ((copied_over.group_name,),), len(team))
+        return Ranks(team, ((copied_over.group_name,),), len(team)) if len(team) > 1 else Ranks()
     found: dict[tuple[str, ...], int] = {}
     model: set[str] = set()
     meshes = {parameter.device_mesh for parameter in parameters if isinstance(parameter, DTensor)}
     for mesh in meshes:
-        groups = mesh.get_all_groups()
+        groups = [group for group in mesh.get_all_groups() if group.size() > 1]  # DTensor sends nothing over the others
         sizes = {group.group_name: group.size() for group in groups if _is_data(group)}
-        model |= {group.group_name for group in groups if not _is_data(group) and group.size() > 1}
+        model |= {group.group_name for group in groups if not _is_data(group)}
         if sizes:
             found[tuple(sizes)] = math.prod(sizes.values())
     if len(model) > 1:
@@ -86,6 +87,8 @@ def ranks_of(parameters: Iterable[Any], copied_over: Any = None) -> Ranks:
             "call of fully_shard and replicate the same mesh."
         )
     team = tuple(sorted({rank for mesh in meshes for rank in mesh.mesh.flatten().tolist()}))
+    if len(team) == 1:
+        return Ranks()
     return Ranks(team, tuple(sorted(found)), max(found.values(), default=1), next(iter(model), None))
 
 

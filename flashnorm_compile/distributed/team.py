@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import pickle
+from collections import Counter
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from ..noise_key import NoiseKey
+from ..passes import _compat
 from ..passes.errors import PrivacyError
 
 # A rank that waits this long for the others is alone: one of them died, or did not make the same change.
 TIMEOUT = timedelta(minutes=5)
+_made: Counter[tuple[int, ...]] = Counter()
 
 
 class Team:
@@ -21,12 +26,20 @@ class Team:
         self.ranks, self.data_ranks = ranks, data_ranks
         self._group: Any = None
 
-    @property
-    def group(self) -> Any:
-        """A process group for Python objects, on the CPU, made when it is first needed."""
+    def _everybodys(self, mine: Any) -> list[Any]:
+        """What every rank gives, in the order of the ranks; by a process group of the team's own, on the CPU."""
         if self._group is None:
-            self._group = dist.new_group(self.ranks, timeout=TIMEOUT, backend="gloo", use_local_synchronization=True)
-        return self._group
+            # A name that the ranks have in common whatever other groups each of them has made. torch's own names for groups that
+            # only their members make hold how many a rank has: members that differ in that wait for each other forever.
+            _made[self.ranks] += 1
+            self._group = _compat.gloo_group(f"flashnorm team {self.ranks}, {_made[self.ranks]}", self.ranks, TIMEOUT)
+        told = torch.frombuffer(bytearray(pickle.dumps(mine)), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in self.ranks]
+        self._group.allgather([sizes], [torch.tensor([len(told)])]).wait()
+        longest = int(max(sizes))
+        everybodys = [torch.zeros(longest, dtype=torch.uint8) for _ in self.ranks]
+        self._group.allgather([everybodys], [torch.nn.functional.pad(told, (0, longest - len(told)))]).wait()
+        return [pickle.loads(one[: int(size)].numpy().tobytes()) for one, size in zip(everybodys, sizes, strict=True)]
 
     def agree(self, key: NoiseKey, facts: dict[str, Any], account: Any = None) -> Any:
         """Compares ``facts`` among all ranks, and gives all the first rank's secret. Every rank has to call it.
@@ -39,8 +52,7 @@ class Team:
         """
         first = dist.get_rank() == self.ranks[0]
         mine = (facts, key.share() if first else b"", account if first else None)
-        everybody: list[Any] = [None] * len(self.ranks)
-        dist.all_gather_object(everybody, mine, group=self.group)
+        everybody = self._everybodys(mine)
         differences = [line for name in facts for line in self._differences(name, [told.get(name) for told, *_ in everybody])]
         if differences:
             shown = "\n".join(differences[:8])
