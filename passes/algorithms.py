@@ -16,12 +16,12 @@ from torch import Tensor, fx
 
 from . import kernels
 from .collectives import reduce_again
-from .factored import Factor, is_convolution, unwidened
-from .factors import Outer, Rows, convolution_factors, squared_norms, squared_products, wide
-from .match import ParameterGradient, Use, write_operands
+from .factored import is_convolution
+from .factors import Outer, squared_norms, squared_products, wide
+from .match import ParameterGradient, Use
+from .operands import factor_values, outer_values, scaled_by_kernels
 from .plan import ParameterPlan
-from .replay import Sizes, Values, clipped_use, moved_for_each, run_tail, samples_first, tail_per_sample
-from .rules import Context
+from .replay import Sizes, Values, clipped_use, moved_for_each, run_tail, tail_per_sample
 from .sample_types import expression
 from .second_backward import Rerun
 
@@ -54,7 +54,7 @@ class Gradients:
         gradient, factors = self.gradient, release.factors[self.gradient.row]
         if not self.stored or _reduced_later(gradient):
             return _noised(gradient, _weighted_sum(self.dense, factors), release, sizes)
-        original, dense = gradient.node.meta["val"], _real(self.dense)  # type: ignore[union-attr]
+        original, dense = _value(gradient), _real(self.dense)
         dtype = _real_dtype(original.dtype)
         cast = () if torch.promote_types(dense.dtype, torch.float32) == dtype else (dtype,)
         noised = ops.weighted_sum_noise(dense, factors, release.keys, release.std, gradient.row, *cast)
@@ -73,23 +73,13 @@ class Stored:
     norms_sq: Tensor | None
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of the released gradient, as pairs of real numbers where it is complex."""
-        return _real_dtype(self.gradient.node.meta["val"].dtype)  # type: ignore[union-attr]
-
-    @property
-    def nbytes(self) -> int:
-        """Of the released gradient."""
-        return self.dtype.itemsize * math.prod(self.dense.shape[1:])
-
-    @property
     def at_once(self) -> bool:
         """Whether the noise may come in the sum's own kernel; behind a reduction over ranks it comes later."""
         return not _reduced_later(self.gradient)
 
     def released(self, release: Release, sizes: Sizes) -> Tensor:
         total = ops.weighted_sum(self.dense, release.factors[self.gradient.row])
-        is_complex = self.gradient.node.meta["val"].is_complex()  # type: ignore[union-attr]
+        is_complex = _value(self.gradient).is_complex()
         return _noised(self.gradient, torch.view_as_complex(total) if is_complex else total, release, sizes)
 
 
@@ -114,17 +104,32 @@ class Factored:
         """The same with the operands that the second backward computes."""
         values = {**self.values, **{node: rerun[node] for node in self.plan.again}}
         fused = kernels.fused(self.norms_sq.device)
-        terms = [_factor_values(factor, values, sizes) for factor in self.plan.factors if factor.kind == "outer"]
+        terms = [factor_values(factor, values, sizes) for factor in self.plan.factors if factor.kind == "outer"]
         products = [factor for factor in self.plan.factors if factor.kind == "outer"]
-        return Factored(self.plan, self.norms_sq, values, _scaled_by_kernels(products, terms, fused))
+        return Factored(self.plan, self.norms_sq, values, scaled_by_kernels(products, terms, fused))
+
+    @property
+    def wide_bytes(self) -> int:
+        """Of the clipped sum."""
+        return 4 * _value(self.gradient).numel()
+
+    @property
+    def at_once(self) -> bool:
+        """Whether the sum shares the launch that adds its noise. A large one is noised where it lies."""
+        few = 2 * self.wide_bytes <= kernels.BYTES_AT_ONCE
+        return few and kernels.fused(self.norms_sq.device) and not _reduced_later(self.gradient)
 
     def released(self, release: Release, sizes: Sizes) -> Tensor:
+        return _noised(self.gradient, self.summed(release, sizes), release, sizes)
+
+    def summed(self, release: Release, sizes: Sizes) -> Tensor:
+        """The clipped sum without its noise, float32 or better, in the gradient's shape."""
         gradient, factors = self.gradient, release.factors[self.gradient.row]
         parts = [self._clipped(use, factors, sizes) for use in gradient.uses]
         share = factors.sum() / sizes.batch
         assert gradient.node is not None
         total = run_tail(gradient.tail, gradient.uses, parts, self.values, gradient.node, share, narrow=False)
-        return _noised(gradient, total, release, sizes)
+        return _in_shape(gradient, total, sizes)
 
     def _clipped(self, use: Use, factors: Tensor, sizes: Sizes) -> Tensor:
         if use.node not in self.products:
@@ -143,13 +148,13 @@ def part_of(plan: ParameterPlan, values: Values, sizes: Sizes) -> Part:
     assert gradient.node is not None
     fused = kernels.fused(gradient.node.meta["val"].device)
     if plan.norms == "ghost":
-        terms = [_factor_values(factor, values, sizes) for factor in plan.factors]
+        terms = [factor_values(factor, values, sizes) for factor in plan.factors]
         norms_sq = (kernels.squared_norms(terms) if fused else squared_norms(terms)).float()
-        return Factored(plan, norms_sq, values, _scaled_by_kernels(plan.factors, terms, fused))
+        return Factored(plan, norms_sq, values, scaled_by_kernels(plan.factors, terms, fused))
     if plan.norms == "flash":
-        products: list[Any] = [_factor_values(factor, values, sizes) for factor in plan.factors]
+        products: list[Any] = [factor_values(factor, values, sizes) for factor in plan.factors]
         norms_sq = kernels.squared_products(products) if fused else squared_products(products)
-        return Factored(plan, norms_sq, values, _scaled_by_kernels(plan.factors, products, fused))
+        return Factored(plan, norms_sq, values, scaled_by_kernels(plan.factors, products, fused))
     if fused and plan.chosen == "materialize" and _is_product(plan):
         return Stored(gradient, *_products(plan, values, sizes))
     dense = _dense(plan, values, sizes)
@@ -172,23 +177,42 @@ def norms_of(parts: Sequence[Part]) -> tuple[Tensor, list[int]]:
 
 
 def released(parts: Sequence[Part], release: Release, sizes: Sizes, rerun: Rerun) -> list[Tensor]:
-    """The released gradients, in the order of ``parts``."""
-    found: dict[int, Tensor] = {}
-    stored = [part for part in parts if isinstance(part, Stored) and part.at_once]
-    for group in kernels.together(stored, lambda part: (part.dense.dtype, part.dtype), lambda part: part.nbytes):
-        rows = [part.gradient.row for part in group]
-        denses = [part.dense for part in group]
-        sums = ops.weighted_sums_noise(denses, release.factors, release.keys, release.std, rows, group[0].dtype)
-        for part, total in zip(group, sums, strict=True):
-            is_complex = part.gradient.node.meta["val"].is_complex()  # type: ignore[union-attr]
-            found[part.gradient.row] = torch.view_as_complex(total) if is_complex else total
+    """The released gradients, in the order of ``parts``. Many are noised in one launch: stored ones while they are summed up,
+    clipped sums of products behind that. What a second backward computes comes last, in its order."""
+    stored = [(part.gradient, part.dense) for part in parts if isinstance(part, Stored) and part.at_once]
+    found = _noised_together(stored, release.factors, release)
     late = {p.gradient.row: p for p in parts if isinstance(p, Factored) and p.plan.again}
+    sums = [part for part in parts if isinstance(part, Factored) and part.at_once and part.gradient.row not in late]
+    for group in kernels.together(sums, lambda part: _value(part.gradient).dtype, lambda part: part.wide_bytes):
+        totals = [(part.gradient, _real(part.summed(release, sizes)).unsqueeze(0)) for part in group]
+        found |= _noised_together(totals, release.factors.new_ones((release.factors.shape[0], 1)), release)
     for p in parts:
         if p.gradient.row not in found and p.gradient.row not in late:
             found[p.gradient.row] = p.released(release, sizes)
     for row, again in sorted(late.items(), key=lambda item: max(map(rerun.moment, item[1].plan.again))):
         found[row] = again.from_second(rerun, sizes).released(release, sizes)
     return [found[p.gradient.row] for p in parts]
+
+
+def _noised_together(pairs: Sequence[tuple[ParameterGradient, Tensor]], factors: Tensor, release: Release) -> dict[int, Tensor]:
+    """Row -> the weighted sum over dimension 0 of what stands beside its gradient, real numbers, with its noise."""
+    found: dict[int, Tensor] = {}
+
+    def kind(pair: tuple[ParameterGradient, Tensor]) -> tuple[torch.dtype, torch.dtype]:
+        return pair[1].dtype, _real_dtype(_value(pair[0]).dtype)
+
+    for group in kernels.together(pairs, kind, lambda pair: kind(pair)[1].itemsize * math.prod(pair[1].shape[1:])):
+        rows = [gradient.row for gradient, _ in group]
+        denses = [dense for _, dense in group]
+        sums = ops.weighted_sums_noise(denses, factors, release.keys, release.std, rows, kind(group[0])[1])
+        for (gradient, _), total in zip(group, sums, strict=True):
+            found[gradient.row] = torch.view_as_complex(total) if _value(gradient).is_complex() else total
+    return found
+
+
+def _value(gradient: ParameterGradient) -> Tensor:
+    """A gradient as the graph has it."""
+    return gradient.node.meta["val"]  # type: ignore[union-attr, no-any-return]
 
 
 def _dense(plan: ParameterPlan, values: Values, sizes: Sizes) -> Tensor:
@@ -210,7 +234,7 @@ def _products(plan: ParameterPlan, values: Values, sizes: Sizes) -> tuple[Tensor
     """[B, *parameter] and its squared norms [B], from one kernel, in the type that the graph's own product has."""
     gradient, first = plan.gradient, plan.factors[0]
     dtype = first.use.node.meta["val"].dtype
-    grads, norms_sq = kernels.products([_outer_values(factor, values, sizes) for factor in plan.factors], dtype)
+    grads, norms_sq = kernels.products([outer_values(factor, values, sizes) for factor in plan.factors], dtype)
     if len(plan.factors) == 1:
         product = grads.mT if first.swapped else grads
         grads = moved_for_each(gradient.tail, first.use, product, values, gradient.node)  # type: ignore[arg-type]
@@ -221,64 +245,6 @@ def _is_product(plan: ParameterPlan) -> bool:
     """Whether a gradient is a matrix product that its tail moves, or a sum of several in the parameter's own shape."""
     plain = all(factor.kind == "outer" and not is_convolution(factor) for factor in plan.factors)
     return plain and (len(plan.factors) == 1 or len(plan.factors) > 1 < len(plan.gradient.uses))
-
-
-def _factor_values(factor: Factor, values: Values, sizes: Sizes) -> Outer | Rows:
-    if factor.kind == "rows":
-        return _row_values(factor, values, sizes)
-    if not is_convolution(factor):
-        return _outer_values(factor, values, sizes)
-    use = factor.use
-    grad, source, weight = use.operation.args[:3]
-    settings = [use.operation.args[i] for i in (4, 5, 6, 7)]
-    grads, sources = (samples_first(values[leaf], use.axes[i], sizes) for i, leaf in enumerate((grad, source)))
-    return convolution_factors(grads, sources, values[weight].shape[2:], settings)
-
-
-def _outer_values(factor: Factor, values: Values, sizes: Sizes) -> Outer:
-    left, right = _sides(factor.use, values, sizes)
-    return Outer(right, left.mT) if factor.swapped else Outer(left.mT, right)
-
-
-def _scaled_by_kernels(factors: Sequence[Factor], terms: Sequence[Outer | Rows], fused: bool) -> dict[fx.Node, Outer]:
-    """Products in the orientation of their use, by use. A convolution's are those of its input's patches (``fused``); on a CPU
-    its own weight gradient is faster."""
-    found: dict[fx.Node, Outer] = {}
-    for factor, term in zip(factors, terms, strict=True):
-        if isinstance(term, Outer) and (fused or not is_convolution(factor)):
-            found[factor.use.node] = Outer(term.a_btd, term.g_btp) if factor.swapped else term
-    return found
-
-
-def _sides(use: Use, values: Values, sizes: Sizes) -> tuple[Tensor, Tensor]:
-    """A matrix product's operands, left [B, m, T] and right [B, T, n]: sample b's share of it is their product."""
-    left, right = (samples_first(values[use.leaves[i]], use.axes[i], sizes) for i in (0, 1))
-    return left, right
-
-
-def _row_values(factor: Factor, values: Values, sizes: Sizes) -> Rows:
-    use = factor.use
-    _, indices, grads, mask = write_operands(_NO_CONTEXT, use.operation)
-    position = {id(leaf): i for i, leaf in enumerate(use.leaves) if isinstance(leaf, fx.Node)}
-
-    def own(node: fx.Node) -> Tensor:
-        value = values[unwidened(node)]
-        axis = use.axes.get(position[id(node)])
-        return value.unsqueeze(0).expand(sizes.batch, *value.shape) if axis is None else samples_first(value, axis, sizes)
-
-    count = sizes(expression(use.operation.meta["val"].shape[0]))
-    ids, g = own(indices[0]), own(grads)
-    ids = torch.where(ids < 0, ids + count, ids)  # weight[-1] is the last row, and the norm has to add both names of it
-    shape = torch.broadcast_shapes(ids.shape, g.shape[:-1])
-    ids, g = ids.expand(shape), g.expand(*shape, g.shape[-1])
-    if mask is not None:
-        keep = own(mask).expand(*shape, 1) if values[mask].dim() == values[grads].dim() else own(mask).expand(shape).unsqueeze(-1)
-        g = torch.where(keep, g, 0)
-        ids = torch.where(keep.squeeze(-1), ids, 0)
-    return Rows(ids.flatten(1), g.flatten(1, -2), count)
-
-
-_NO_CONTEXT = Context(None, {})  # type: ignore[arg-type]
 
 
 def _squares(dense: Tensor) -> Tensor:
@@ -303,8 +269,8 @@ def _reduced_later(gradient: ParameterGradient) -> bool:
 
 def _noised(gradient: ParameterGradient, total: Tensor, release: Release, sizes: Sizes) -> Tensor:
     """The clipped sum with its noise, in the gradient's own type; where ranks reduce it together, the noise comes behind that."""
-    original = gradient.node.meta["val"]  # type: ignore[union-attr]
-    total = total.reshape([sizes(expression(size)) for size in original.shape])
+    original = _value(gradient)
+    total = _in_shape(gradient, total, sizes)
     if gradient.reduced is not None and gradient.reduced.way:
         total = reduce_again(gradient.reduced, total)
         original = gradient.reduced.way[-1].meta["val"]
@@ -313,6 +279,10 @@ def _noised(gradient: ParameterGradient, total: Tensor, release: Release, sizes:
     cast = () if total.dtype == dtype else (dtype,)
     noised = ops.add_noise(total, release.keys, release.std, gradient.row, *cast)
     return torch.view_as_complex(noised) if original.is_complex() else noised
+
+
+def _in_shape(gradient: ParameterGradient, total: Tensor, sizes: Sizes) -> Tensor:
+    return total.reshape([sizes(expression(size)) for size in _value(gradient).shape])
 
 
 def _real(x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """What each way costs where the kernels of ``templates`` compute it (see kernels.py): the same roofline terms as in costs.py.
 
 Per-sample gradients are stored in the type that the graph's own gradient has; their sum, noise and cast are one pass of a launch
-that many parameters share, and so are norms that no other kernel gives. Sums of products are written in float32 and noised in a
-pass of their own.
+that many parameters share, and so are norms that no other kernel gives. Sums of products are written in float32 and noised behind
+that, many in one launch.
 
 Legend: B samples, T positions per sample, p rows and d columns of the weight, w bytes of an element.
 """
@@ -50,6 +50,12 @@ class Lookups:
     itemsize: int
 
 
+def own(size: Expr, width: int) -> Cost:
+    """The only sample's gradient, which is there anyway: its norm, and a pass that clips and noises it."""
+    target = Target(sympy.S.One, size, width)
+    return Cost((Kernel(traffic=target.stored, launches=ZERO), released_from_store(target)))
+
+
 def released_from_store(target: Target) -> Kernel:
     """Weighted sum, noise and cast."""
     return Kernel(traffic=target.stored + target.written, launches=ZERO)
@@ -72,17 +78,25 @@ def materialized_rows(product: Product | None, target: Target) -> Cost:
     """A float32 table for each sample: zeroed, scattered to, and rounded; with a product, the sum of both."""
     table = target.batch * target.size * WIDE
     made = [Kernel(traffic=table), Kernel(traffic=table + target.stored), Kernel(traffic=target.stored, launches=ZERO)]
-    replaced = [Kernel(traffic=target.written)]
     if product is not None:
         made += [Kernel(product.summed().flops, product.operands + target.stored, product.dtype)]
         made += [Kernel(traffic=2 * table + 2 * target.stored)]
-        replaced = [product.summed()]
-    return Cost((*made, released_from_store(target)), tuple(replaced), table + target.stored)
+    return Cost((*made, released_from_store(target)), _plain_rows(product, target), table + target.stored)
 
 
-def materialized(target: Target) -> Cost:
-    """Anything that Inductor makes for all samples at once, such as the sum over positions of a bias."""
-    made = Kernel(traffic=target.stored, launches=ZERO)
+def _plain_rows(product: Product | None, target: Target) -> tuple[Kernel, ...]:
+    """The non-private gradient of an embedding: a float32 table that is zeroed, scattered to (not counted: few bytes), and cast;
+    with a product, the sum of both."""
+    table = WIDE * target.size
+    if product is None:
+        return Kernel(traffic=table), Kernel(traffic=table + target.written)
+    return product.summed(), Kernel(traffic=table), Kernel(traffic=table + 2 * target.written)
+
+
+def materialized(target: Target, reread: Expr = ZERO) -> Cost:
+    """Anything that Inductor makes for all samples at once, such as the sum over positions of a bias. ``reread``: bytes that are
+    read once more for it; the non-private sum of a normalisation's weight is fused with the gradient of its input."""
+    made = Kernel(traffic=target.stored + reread, launches=ZERO)
     norms = Kernel(traffic=target.stored, launches=ZERO)
     return Cost((made, norms, released_from_store(target)), (Kernel(traffic=target.written, launches=ZERO),), target.stored)
 
@@ -102,8 +116,9 @@ def ghost(product: Product | None, lookups: Lookups | None, convolution: bool, t
         else:
             pairs = sympy.Mul(target.batch, lookups.positions, product.length)
             kernels += [Kernel(2 * pairs * lookups.width, _SECTOR * pairs, product.dtype), Kernel()]
-            kernels += [Kernel(traffic=product.operands), Kernel(traffic=3 * table)]
-    replaced = (product.summed(),) if product is not None else (Kernel(traffic=target.written),)
+            kernels += [Kernel(traffic=3 * table)]
+    assert product is not None or lookups is not None
+    replaced = _plain_rows(product, target) if lookups is not None else (product.summed(),)  # type: ignore[union-attr]
     held = product.dtype.itemsize * product.batch * product.length * product.d if product is not None and convolution else ZERO
     return Cost(tuple(kernels), replaced, held)
 
@@ -131,5 +146,5 @@ def _summed_product(product: Product, target: Target, convolution: bool) -> list
     """A convolution's is the library's, from a scaled copy of G."""
     scaled = [Kernel(traffic=2 * product.g_bytes)] if convolution else []
     wide = WIDE * target.size
-    noise = Kernel(traffic=wide + target.written)
+    noise = Kernel(traffic=wide + target.written, launches=ZERO)
     return [*scaled, Kernel(product.summed().flops, product.operands + wide, product.dtype), noise]

@@ -34,6 +34,7 @@ class Timeline:
     ``order``: node name -> its moment.
     ``died``: name of the node that owns memory -> moment after which nobody needs it; a name that is missing has none of its own.
     ``saved``: names of the values that the backward is given: inputs, and what the forward saves.
+    ``needed``: name of what the forward saves -> the first moment at which a kernel of the backward reads it.
     """
 
     alive: tuple[float, ...]
@@ -43,6 +44,7 @@ class Timeline:
     died: dict[str, int] = field(repr=False)
     bytes_of: dict[str, float] = field(repr=False)
     saved: frozenset[str] = field(default=frozenset(), repr=False)
+    needed: dict[str, int] = field(default_factory=dict, repr=False)
 
     def made(self, node: fx.Node) -> int:
         """The moment at which a node of the joint graph runs (0: in the forward)."""
@@ -52,7 +54,7 @@ class Timeline:
         """What it costs to keep a node's value to the end: from the moment on at which nobody else would need it."""
         if node.name in self.died:
             return Kept(node.name, min(self.died[node.name] + 1, len(self.alive) - 1), self.bytes_of[node.name])
-        return Kept(node.name, 0, _bytes(node, number))
+        return Kept(node.name, 0, bytes_of(node, number))
 
 
 def timeline(graph: fx.Graph, gradients: Iterable[fx.Node], number: Number) -> Timeline:
@@ -66,7 +68,7 @@ def timeline(graph: fx.Graph, gradients: Iterable[fx.Node], number: Number) -> T
     owners = _owners(nodes, joint)
     # The forward may save a view: what stays in memory is all that the view shows a part of.
     names = {node: joint[node.name].name if node.op == "placeholder" else node.name for node in nodes}
-    sizes = {names[node]: _bytes(joint[node.name] if node.op == "placeholder" else node, number) for node in nodes}
+    sizes = {names[node]: bytes_of(joint[node.name] if node.op == "placeholder" else node, number) for node in nodes}
     born, died = _lifetimes(nodes, owners, names)
     leaving = {names[owners[node]] for node in nodes if node.name in wanted}
     alive, with_gradients = [0.0] * len(nodes), [0.0] * len(nodes)
@@ -77,29 +79,58 @@ def timeline(graph: fx.Graph, gradients: Iterable[fx.Node], number: Number) -> T
     order = {node.name: t for t, node in enumerate(nodes)}
     gradient_bytes = sum(sizes[name] for name in leaving)
     saved = frozenset(node.name for node in nodes if node.op == "placeholder")
-    return Timeline(tuple(alive), max(with_gradients, default=0.0), gradient_bytes, order, died, sizes, saved)
+    needed = _first_reads(nodes, owners, names)
+    return Timeline(tuple(alive), max(with_gradients, default=0.0), gradient_bytes, order, died, sizes, saved, needed)
 
 
 def _scheduled(nodes: list[fx.Node]) -> list[fx.Node]:
-    """What leads to a single output, as a weight's gradient does, runs as soon as it can: it lets its operands go, and Inductor
-    orders by memory."""
+    """Element-wise nodes run with the kernel before them, as Inductor fuses all that read its result. What leads to a single
+    output, as a weight's gradient does, runs as soon as it can: it lets its operands go, and Inductor orders by memory."""
     leads_to: dict[fx.Node, set[fx.Node]] = {node: set() for node in nodes}
     for node in reversed(nodes):
         for arg in node.all_input_nodes:
             leads_to[arg] |= {arg} if node.op == "output" else leads_to[node]
-    missing = {node: len(node.all_input_nodes) for node in nodes}
+    flows = _behind_tangents(nodes)
+    missing = {node: sum(arg in flows for arg in node.all_input_nodes) for node in nodes}
     order: dict[fx.Node, None] = {}
     for node in nodes:
-        ready = [node]
-        while ready:
-            if (now := ready.pop()) in order:
+        if node not in flows and node.op not in ("placeholder", "output"):
+            continue  # comes with the first node that needs it
+        fused, alone = [node], list[fx.Node]()
+        while fused or alone:
+            now = (fused or alone).pop()
+            if now in order:
                 continue
-            order[now] = None
+            _run(now, order)
             for user in now.users:
-                missing[user] -= 1
-                if not missing[user] and user.op != "output" and len(leads_to[user]) == 1:
-                    ready.append(user)
+                missing[user] -= now in flows
+                if missing[user] or now not in flows or user.op == "output":
+                    continue
+                if not reads_memory(user):
+                    fused.append(user)
+                elif len(leads_to[user]) == 1:
+                    alone.append(user)
     return list(order)
+
+
+def _run(node: fx.Node, order: dict[fx.Node, None]) -> None:
+    """Adds a node to the order, behind those that it needs and that have not run."""
+    pending = [node]
+    while pending:
+        needs = [arg for arg in pending[-1].all_input_nodes if arg not in order]
+        if needs:
+            pending += needs
+        else:
+            order.setdefault(pending.pop())
+
+
+def _behind_tangents(nodes: list[fx.Node]) -> set[fx.Node]:
+    """Nodes that depend on what flows backwards, not on saved values alone."""
+    found: set[fx.Node] = set()
+    for node in nodes:
+        if node.name.startswith("tangents") or any(arg in found for arg in node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _copied(graph: fx.Graph) -> fx.GraphModule:
@@ -177,6 +208,22 @@ def _lifetimes(
     return born, {names[node]: last[node] for node in own}
 
 
+def _first_reads(nodes: list[fx.Node], owners: dict[fx.Node, fx.Node], names: Mapping[fx.Node, str]) -> dict[str, int]:
+    """Name of what the forward saves -> moment at which the first kernel reads it."""
+    order = {node: t for t, node in enumerate(nodes)}
+    stored = {owners[arg] for node in nodes if reads_memory(node) for arg in node.all_input_nodes}
+    first = {node: len(nodes) - 1 for node in nodes}
+    for node in reversed(nodes):
+        runs = order[node] if node in stored or reads_memory(node) else first[node]
+        for arg in node.all_input_nodes:
+            first[arg] = min(first[arg], runs)
+    found: dict[str, int] = {}
+    for node in nodes:
+        if node.op == "placeholder" and not _is_input(names[node]):
+            found[names[node]] = min(first[node], found.get(names[node], len(nodes)))
+    return found
+
+
 def _in_place(node: fx.Node, operand: fx.Node, stored: set[fx.Node]) -> bool:
     """Whether an element-wise node that is stored may take over the memory of an operand of its size."""
     if node not in stored or reads_memory(node) or node.op == "placeholder":
@@ -194,7 +241,8 @@ def _is_input(name: str) -> bool:
     return name.startswith(("primals", "tangents"))
 
 
-def _bytes(node: fx.Node, number: Number) -> float:
+def bytes_of(node: fx.Node, number: Number) -> float:
+    """Of a node's value; of its first one where it has several."""
     value = node.meta.get("val")
     tensors = [v for v in pytree.tree_leaves(value) if isinstance(v, Tensor)]
     return float(sum(math.prod(number(expression(s)) for s in v.shape) * v.dtype.itemsize for v in tensors[:1]))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ import sympy
 import torch
 from torch import fx
 
-from . import choose
+from . import choose, fused_costs, kernels
 from .baseline import step_seconds
 from .costs import Cost, release
 from .crossovers import excess_bytes, guard_signs, is_dynamic, time_differences
@@ -28,6 +28,7 @@ from .memory import Timeline, owner_of, timeline
 from .peaks import Peaks, peaks_of
 from .rules import Context
 from .sample_types import Expr
+from .saved import Saved, saved_values
 from .second_backward import SecondBackward, after_tangents, recipes, second_backward, value_of
 from .ways import Way, ways_of
 
@@ -70,7 +71,8 @@ class ParameterPlan:
 class Plan:
     """The decision for a graph. ``peak``, ``step``: predicted bytes and seconds of the non-private step; ``budget``: bytes that
     the private one may take, ``over``: bytes by which the best choice still exceeds it, ``private_peak``: what it is predicted to
-    take. Zero where nothing had to be decided. ``second``: what runs a second time, and ``second_seconds`` what that takes."""
+    take. Zero where nothing had to be decided. ``second``: what runs a second time, and ``second_seconds`` what that takes.
+    ``made_again``: saved values that the backward computes again, so that it fits."""
 
     parameters: tuple[ParameterPlan, ...]
     peaks: Peaks | None = None
@@ -81,11 +83,15 @@ class Plan:
     private_peak: float = 0.0
     second: SecondBackward = field(default_factory=SecondBackward)
     second_seconds: float = 0.0
+    made_again: tuple[Saved, ...] = ()
+    traffic: float = 0.0
+    """Bytes to and from memory that the private step adds."""
 
     @property
     def ratio(self) -> float | None:
         """Predicted time of the private step over the non-private one."""
         added = sum(plan.seconds for plan in self.parameters) + self.second_seconds
+        added += sum(value.seconds for value in self.made_again)
         return 1 + added / self.step if self.step else None
 
 
@@ -98,7 +104,7 @@ def plan_gradients(graph: fx.Graph, gradients: list[ParameterGradient], spec: Gr
     fixed = {g.name: plan for g in gradients if (plan := _without_choice(g, ctx)) is not None}
     free = [g for g in gradients if g.name not in fixed]
     if not free:
-        return Plan(tuple(fixed[g.name] for g in gradients))
+        return _without_decision(graph, gradients, tuple(fixed[g.name] for g in gradients), spec)
     number = _Numbers(graph)
     peaks = peaks_of(_device(free[0]))
     backward = after_tangents(graph)
@@ -107,7 +113,7 @@ def plan_gradients(graph: fx.Graph, gradients: list[ParameterGradient], spec: Gr
     decided, line, budget = found.decision, found.line, found.budget
     _guard_crossovers(graph, gradients, [ways[g.name] for g in free], found, spec, peaks, number)
     plans = dict(fixed)
-    for gradient, j in zip(free, decided.chosen, strict=True):
+    for gradient, j in zip(free, decided.chosen, strict=False):
         own = ways[gradient.name]
         seconds = [way.cost.seconds(peaks, number) for way in own]
         considered = tuple(Alternative(way.algorithm, s, number(way.cost.held)) for way, s in zip(own, seconds, strict=True))
@@ -126,12 +132,27 @@ def plan_gradients(graph: fx.Graph, gradients: list[ParameterGradient], spec: Gr
         )
     step = step_seconds(graph, peaks, number)
     parameters = tuple(plans[g.name] for g in gradients)
+    traffic = sum(number(plan.cost.traffic) for plan in parameters) + sum(value.traffic for value in found.made_again)
     if line is None:
-        return Plan(parameters, peaks, step)
+        return Plan(parameters, peaks, step, traffic=traffic)
     private_peak = max(budget + decided.excess, line.gradients)
     second = second_backward((node for plan in parameters for node in plan.again), decided, line)
-    again = decided.seconds - sum(plan.seconds for plan in parameters)
-    return Plan(parameters, peaks, step, line.peak, budget, decided.over, private_peak, second, again)
+    again = decided.seconds - sum(plan.seconds for plan in parameters) - sum(value.seconds for value in found.made_again)
+    return Plan(parameters, peaks, step, line.peak, budget, decided.over, private_peak, second, again, found.made_again, traffic)
+
+
+def _without_decision(
+    graph: fx.Graph, gradients: list[ParameterGradient], plans: tuple[ParameterPlan, ...], spec: GraphSpec
+) -> Plan:
+    """One sample's gradient is its own, and holds nothing that the non-private step would not hold: only predicted."""
+    single = [plan.gradient for plan in plans if plan.chosen == "single"]
+    if not single or not kernels.fused(_device(single[0])):
+        return Plan(plans)
+    number, peaks = _Numbers(graph), peaks_of(_device(single[0]))
+    line = timeline(graph, [g.leaving for g in gradients if g.leaving is not None], number)
+    plans = tuple(replace(plan, seconds=plan.cost.seconds(peaks, number)) for plan in plans)
+    traffic = sum(number(plan.cost.traffic) for plan in plans)
+    return Plan(plans, peaks, step_seconds(graph, peaks, number), line.peak, _budget(spec, line), 0.0, line.peak, traffic=traffic)
 
 
 def _without_choice(gradient: ParameterGradient, ctx: Context) -> ParameterPlan | None:
@@ -139,7 +160,8 @@ def _without_choice(gradient: ParameterGradient, ctx: Context) -> ParameterPlan 
         return ParameterPlan(gradient, "unused", "not reached by the loss", "-")
     if ctx.batch == 0:
         return ParameterPlan(gradient, "empty", "no sample: noise alone", "-")
-    cost = Cost((release(sympy.Mul(*ctx.shape(gradient.node)), gradient.node.meta["val"].dtype.itemsize),))
+    size, width = sympy.Mul(*ctx.shape(gradient.node)), gradient.node.meta["val"].dtype.itemsize
+    cost = fused_costs.own(size, width) if kernels.fused(_device(gradient)) else Cost((release(size, width),))
     if gradient.constant:
         return ParameterPlan(gradient, "constant", "the same for every sample", "-", cost=cost)
     if not gradient.uses:
@@ -199,6 +221,7 @@ class _Decided:
     moments: tuple[int, ...]
     line: Timeline | None = None
     budget: float = 0.0
+    made_again: tuple[Saved, ...] = ()
 
 
 def _decide(
@@ -217,7 +240,7 @@ def _decide(
         only = choose.choose(options, moments, [])
         return _Decided(only, only, tuple(moments))
     line = timeline(graph, [g.leaving for g in gradients if g.leaving is not None], number)
-    budget = spec.memory_budget * line.peak if isinstance(spec.memory_budget, float) else float(spec.memory_budget)
+    budget = _budget(spec, line)
     values = [[(_kept(w.kept, line, number), _kept(w.again, line, number)) for w in ways[g.name]] for g in free]
     with_kept = [
         [choose.Way(o.seconds, o.held, *own_values) for o, own_values in zip(own, nodes, strict=True)]
@@ -225,10 +248,19 @@ def _decide(
     ]
     again = recipes(graph, dict.fromkeys(node for way in every for node in way.again), line, peaks, number)
     moments = [line.made(g.uses[-1].operation) for g in free]
+    saved = saved_values(graph, line, peaks, number) if kernels.fused(_device(free[0])) else []
+    with_kept += [value.ways() for value in saved]
+    moments += [0] * len(saved)
     room = [budget - alive for alive in line.alive]
     decided = choose.choose(with_kept, moments, room, again)
     fastest = choose.choose_fastest(with_kept, moments, room, again)
-    return _Decided(decided, fastest, tuple(moments), line, budget)
+    made_again = tuple(value for value, j in zip(saved, decided.chosen[len(free) :], strict=True) if j)
+    return _Decided(decided, fastest, tuple(moments), line, budget, made_again)
+
+
+def _budget(spec: GraphSpec, line: Timeline) -> float:
+    """In bytes."""
+    return spec.memory_budget * line.peak if isinstance(spec.memory_budget, float) else float(spec.memory_budget)
 
 
 def _guard_crossovers(
@@ -252,7 +284,7 @@ def _guard_crossovers(
     for decision in dict.fromkeys((found.decision, found.fastest)):
         if found.line is None:
             break
-        picked = [own[j] for own, j in zip(ways, decision.chosen, strict=True)]
+        picked = [own[j] for own, j in zip(ways, decision.chosen, strict=False)]
         signs.append(excess_bytes(graph, picked, found.moments, decision, found.line, spec.memory_budget, leaving))
     guard_signs(signs, graph)
 

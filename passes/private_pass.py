@@ -24,6 +24,7 @@ from .rewrite import rewrite_gradients
 from .rules import Context
 from .rules.registry import USER_RULES
 from .sample_types import Mixed
+from .saved import make_again_pass
 from .type_samples import annotate, batch_size, fix_other_sizes, fix_shared_batch_size, type_samples
 
 # Called with a stage ("before", "typed", "after"), the graph, and what is known by then.
@@ -62,6 +63,7 @@ class PrivateGradientsPass(CustomGraphPass):
             with dynamo_timed("flashnorm.rewrite"):
                 rewrite_gradients(graph, self.spec, ctx, plan)
                 mark_recomputed_pass(graph, self.spec)
+                make_again_pass(plan.made_again)
             self._show("after", graph, Outcome(ctx.batch, plan, replacements))
 
     def _typed(self, graph: fx.Graph) -> tuple[Context, list[Replacement]]:

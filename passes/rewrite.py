@@ -159,22 +159,41 @@ def _own_destinations(graph: fx.Graph) -> None:
 
 
 def _inline(graph: fx.Graph, traced: fx.GraphModule, inputs: list[fx.Node]) -> list[fx.Node]:
-    """Copies the traced nodes in front of the output; returns the copies of its results."""
+    """Copies the traced nodes, each behind the last of its operands; returns the copies of its results.
+
+    The backward runs its nodes in about this order: the norm or the per-sample gradient of one layer is computed before the next
+    layer's gradient is, so that operands which nobody else needs give their memory back. What follows the clip factors stays
+    behind them.
+    """
     env: dict[fx.Node, fx.Node] = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True))
     owner = graph.owning_module
-    with graph.inserting_before(graph.output_node()):
-        for node in traced.graph.nodes:
-            if node.op in ("placeholder", "output"):
-                continue
+    place = {node: position for position, node in enumerate(graph.nodes)}
+    behind = dict(enumerate(graph.nodes))
+    first = place[_first_of_backward(graph)]
+    for node in traced.graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        position = max(first, *(place[env[arg]] for arg in node.all_input_nodes), 0)
+        with graph.inserting_after(behind[position]):
             if node.op == "get_attr":
                 name = f"_flashnorm_{node.target}"
                 setattr(owner, name, getattr(traced, node.target))
                 copy = graph.get_attr(name)
             else:
                 copy = graph.node_copy(node, env.__getitem__)
-            copy.meta = {"val": node.meta.get("val"), "partitioner_tag": "is_backward"}
-            if "tensor_meta" in node.meta:
-                copy.meta["tensor_meta"] = node.meta["tensor_meta"]
-            env[node] = copy
+        copy.meta = {"val": node.meta.get("val"), "partitioner_tag": "is_backward"}
+        if "tensor_meta" in node.meta:
+            copy.meta["tensor_meta"] = node.meta["tensor_meta"]
+        env[node] = behind[position] = copy
+        place[copy] = position
+        if node.target is torch.ops.flashnorm.release.default:
+            first = position
     results = pytree.tree_leaves(traced.graph.output_node().args[0])
     return [env[result] for result in results]
+
+
+def _first_of_backward(graph: fx.Graph) -> fx.Node:
+    """The first node that reads a tangent; before it, the forward runs. The last node where none does."""
+    nodes = [node for node in graph.nodes if node.op != "output"]
+    reads = (n for n in nodes if any(isinstance(arg.meta.get("desc"), aot.TangentAOTInput) for arg in n.all_input_nodes))
+    return next(reads, nodes[-1])

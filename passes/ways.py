@@ -14,7 +14,9 @@ from . import fused_costs, kernels
 from .costs import GRAM, WIDE, ZERO, Cost, Kernel, Product, dense_norm_and_sum, gram_norm, scaled_sum
 from .factored import Factor, contraction_length, factored, is_convolution, unwidened
 from .match import SCATTERS, ParameterGradient
+from .memory import owner_of
 from .rules import Context
+from .sample_types import Expr
 from .second_backward import is_repeatable, source
 
 
@@ -81,7 +83,10 @@ def _fused(
     elif convolution and product is not None:
         dense = fused_costs.materialized_convolution(product, target)
     else:
-        dense = fused_costs.materialized(target) if product is None else fused_costs.materialized_product(product, target)
+        reread = _operands_of_sums(gradient, ctx)
+        dense = (
+            fused_costs.materialized_product(product, target) if product is not None else fused_costs.materialized(target, reread)
+        )
     found = [Way("materialize", dense, factors or ())]
     if factors is not None:
         cost = fused_costs.ghost(product, _lookups(rows, ctx) if rows else None, convolution, target)
@@ -89,6 +94,14 @@ def _fused(
     if factors is not None and product is not None and streams:
         found.append(Way("flash", fused_costs.flash(product, target), factors, _kept(gradient), norms="flash"))
     return found
+
+
+def _operands_of_sums(gradient: ParameterGradient, ctx: Context) -> Expr:
+    """Bytes of both operands where an element-wise product is summed up, each read from memory."""
+    leaves = [leaf for use in gradient.uses for i, leaf in enumerate(use.leaves) if i in use.axes]
+    products = [leaf for leaf in map(owner_of, leaves) if leaf.target is torch.ops.aten.mul.Tensor]
+    width = gradient.node.meta["val"].dtype.itemsize  # type: ignore[union-attr]
+    return sympy.Add(*(2 * width * sympy.Mul(*ctx.shape(leaf)) for leaf in products))
 
 
 def _lookups(rows: list[Factor], ctx: Context) -> fused_costs.Lookups:

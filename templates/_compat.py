@@ -7,6 +7,7 @@ from typing import Any
 
 from torch._inductor.codegen.common import WorkspaceArg, WorkspaceZeroMode
 from torch._inductor.select_algorithm import autotune_select_algorithm
+from torch._inductor.virtualized import V
 
 
 def select_choice(name: str, choices: list[Any], inputs: Sequence[Any], layout: Any) -> Any:
@@ -24,3 +25,11 @@ def zeroed_workspace(words: Any, device: Any, dtype: Any) -> WorkspaceArg:
         outer_name=WorkspaceArg.unique_name(),
         dtype=dtype,
     )
+
+
+def run_after(operation: Any, buffer: str) -> None:
+    """Orders an operation behind the one that makes ``buffer``, without keeping it alive. Only a matter of memory: where Inductor
+    has no such dependencies, nothing happens."""
+    dependencies = getattr(V.graph, "additional_buffer_deps", None)
+    if dependencies is not None:
+        dependencies[operation.get_operation_name()].add(buffer)

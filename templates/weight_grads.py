@@ -33,6 +33,7 @@ from torch._inductor.select_algorithm import SymbolicGridFn
 from torch.utils._sympy.functions import CeilDiv
 
 from . import _lowering as lowering
+from ._order import before_later_layers
 from ._store import store_tile
 from ._triton import (
     HAS_TRITON,
@@ -282,7 +283,7 @@ def _lower(g: Any, a: Any, store_dtype: torch.dtype | None = None) -> Any:
     }
     candidates = [lowering.Candidate({**t.constants, **settings}, t.num_warps, t.num_stages) for t in choices]
     layout = ir.FixedLayout(where, store, [batch, p, d])
-    out = _kernel.lower([g, a, squares], layout, candidates, mutated=[squares], store=store)
+    out = before_later_layers([g, a], lambda: _kernel.lower([g, a, squares], layout, candidates, mutated=[squares], store=store))
     return out, lowering.summed(squares)
 
 

@@ -1,13 +1,15 @@
-"""Inductor's code for a Hopper GPU against the plan: exactly its kernels, and no large buffer that it does not account for.
+"""Inductor's code for a Hopper GPU against the plan: exactly its kernels, no large buffer that it does not account for, and the
+memory and the traffic that it predicts.
 
 Models of the papers' sizes with one block of each kind: the others are the same.
 """
 
 from __future__ import annotations
 
-import math
+import functools
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -21,6 +23,7 @@ if torch.cuda.is_available():
 
 from flashnorm_compile.passes import private_pass
 from flashnorm_compile.passes.factored import is_convolution
+from flashnorm_compile.passes.kernels import BYTES_AT_ONCE
 from flashnorm_compile.passes.plan import ParameterPlan, Plan
 
 from benchmarks.case import Problem
@@ -41,12 +44,26 @@ CASES: dict[str, Callable[[], Problem]] = {
     "vit-b64": partial(vit, 64, layers=1),
     "llama-block": partial(llama_block, 4, 2048),
 }
+# Here Inductor leaves the tied head's gradient to the end, in the non-private step as well, and the logits' gradient lives until
+# then: 336 MiB where the order of the backward would take 223.
+ORDERED_BY_INDUCTOR = {"gpt2-b1-t1024"}
 
 
-def generated(build: Callable[[], Problem], contender: Any) -> tuple[Generated, Plan | None, Counter[str]]:
-    """The generated code, the plan, and the kernels that it names, counted before the rewrite takes the graph apart."""
+@dataclass(frozen=True)
+class Step:
+    """The generated code of one step; the plan, and the kernels that it names, counted before the rewrite takes the graph apart."""
+
+    code: Generated
+    plan: Plan | None
+    planned: Counter[str]
+
+
+@functools.cache
+def step(name: str, *, private: bool) -> Step:
+    """Generated once for all tests."""
     plans: list[tuple[Plan, Counter[str]]] = []
     plan_gradients = private_pass.plan_gradients
+    contender = Ours("flashnorm") if private else NonPrivate("inductor", compiled=True)
 
     def keep(*args: Any) -> Plan:
         plan = plan_gradients(*args)
@@ -55,12 +72,18 @@ def generated(build: Callable[[], Problem], contender: Any) -> tuple[Generated, 
 
     with (
         mock.patch.object(private_pass, "plan_gradients", keep),
-        fake_problem(build, torch.bfloat16) as problem,
+        fake_problem(CASES[name], torch.bfloat16) as problem,
         hopper(go_on=True) as found,
     ):
         contender.prepare(problem, Privacy()).backward()
-    plan, planned = plans[0] if plans else (None, Counter())
-    return found, plan, planned
+    return Step(found, *(plans[0] if plans else (None, Counter())))
+
+
+def both(name: str) -> tuple[Generated, Generated, Plan]:
+    """The private step, the non-private one, and the plan."""
+    private = step(name, private=True)
+    assert private.plan is not None
+    return private.code, step(name, private=False).code, private.plan
 
 
 def planned_calls(plan: Plan) -> Counter[str]:
@@ -103,29 +126,48 @@ def planned_sizes(plan: Plan) -> set[int]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_generated_code_is_the_plan(name: str) -> None:
-    private, plan, planned = generated(CASES[name], Ours("flashnorm"))
-    assert plan is not None
-    calls = calls_of_ours(private)
+    private = step(name, private=True)
+    assert private.plan is not None
+    calls = calls_of_ours(private.code)
     together = {
         key: calls.pop(key, 0) for key in ("release", "squared_norms", "weighted_sums_noise", "add_noise", "_add_noise_into")
     }
-    assert calls == planned
+    assert calls == private.planned
     assert together["release"] == 1
-    assert together["weighted_sums_noise"] <= 2 + sum(_released_bytes(plan)) / 2**25 + len(plan.parameters) / 64
-    summed = sum(parameter.norms in ("ghost", "flash") for parameter in plan.parameters)
-    assert together["add_noise"] + together["_add_noise_into"] == summed, "a pass of its own only after a sum of products"
+    stored, sums = _released(private.plan, summed=False), _released(private.plan, summed=True)
+    shared = [4 * value.numel() for value in sums if 8 * value.numel() <= BYTES_AT_ONCE]
+    assert together["add_noise"] + together["_add_noise_into"] == len(sums) - len(shared), "only large sums, where they lie"
+    # Two groups in a row fill a launch.
+    full = 2 * (sum(value.nbytes for value in stored) + sum(shared)) / BYTES_AT_ONCE
+    assert together["weighted_sums_noise"] <= 4 + full + len(private.plan.parameters) / 64
 
 
-def _released_bytes(plan: Plan) -> list[int]:
-    return [parameter.gradient.node.meta["val"].nbytes for parameter in plan.parameters]  # type: ignore[union-attr]
+def _released(plan: Plan, summed: bool) -> list[Any]:
+    """Gradients of those whose clipped sum is a product of operands, or of the others."""
+    parts = [
+        parameter for parameter in plan.parameters if (parameter.norms in ("ghost", "flash") and not parameter.again) == summed
+    ]
+    return [parameter.gradient.node.meta["val"] for parameter in parts]  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("name", ["gpt2-b8-t1024", "llama-block"])
+@pytest.mark.parametrize("name", CASES)
 def test_no_large_buffer_is_unaccounted_for(name: str) -> None:
-    private, plan, _ = generated(CASES[name], Ours("flashnorm"))
-    plain, _, _ = generated(CASES[name], NonPrivate("inductor", compiled=True))
-    assert plan is not None
+    private, plain, plan = both(name)
     known = planned_sizes(plan) | {storage.nbytes for one in plain.graphs for storage in one.walked.allocations}  # type: ignore[union-attr]
     made = [storage.nbytes for one in private.graphs for storage in one.walked.allocations]  # type: ignore[union-attr]
     assert [nbytes for nbytes in made if nbytes >= MIB and nbytes not in known] == []
-    assert math.isfinite(plan.peak)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_peak_memory_is_what_the_plan_says_and_within_the_budget(name: str) -> None:
+    private, plain, plan = both(name)
+    assert private.peak_bytes <= 1.1 * plain.peak_bytes
+    if name not in ORDERED_BY_INDUCTOR:
+        assert plan.peak == pytest.approx(plain.peak_bytes, rel=0.1)
+        assert plan.private_peak == pytest.approx(private.peak_bytes, rel=0.1)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bytes_moved_are_what_the_plan_says(name: str) -> None:
+    private, plain, plan = both(name)
+    assert plain.nbytes + plan.traffic == pytest.approx(private.nbytes, rel=0.1)

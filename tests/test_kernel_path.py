@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 import pytest
 import sympy
 import torch
-from flashnorm_compile.passes import _compat, fused_costs, kernels
+from flashnorm_compile.passes import _compat, fused_costs, kernels, memory, plan, private_pass, saved
 from flashnorm_compile.passes.costs import Product
 from flashnorm_compile.passes.peaks import DATASHEETS
 from models.zoo import ZOO
@@ -125,12 +126,12 @@ def ours(graph: fx.Graph) -> Counter[str]:
 
 BECOMES = {
     ("product", "materialize"): {"weight_grads": 1, "weighted_sums_noise": 1},
-    ("product", "ghost"): {"ghost_norm": 1, "clipped_sum": 1, "add_noise": 1},
-    ("product", "flash"): {"flash_norm": 1, "clipped_sum": 1, "add_noise": 1},
+    ("product", "ghost"): {"ghost_norm": 1, "clipped_sum": 1, "weighted_sums_noise": 1},
+    ("product", "flash"): {"flash_norm": 1, "clipped_sum": 1, "weighted_sums_noise": 1},
     ("twice", "materialize"): {"weight_grads": 1, "weighted_sums_noise": 1},
-    ("twice", "ghost"): {"ghost_norm": 1, "clipped_sum": 2, "add_noise": 1},
-    ("lookup", "ghost"): {"embedding_norm": 1, "add_noise": 1},
-    ("tied", "ghost"): {"ghost_norm": 1, "embedding_norm": 1, "tied_cross_term": 1, "clipped_sum": 1, "add_noise": 1},
+    ("twice", "ghost"): {"ghost_norm": 1, "clipped_sum": 2, "weighted_sums_noise": 1},
+    ("lookup", "ghost"): {"embedding_norm": 1, "weighted_sums_noise": 1},
+    ("tied", "ghost"): {"ghost_norm": 1, "embedding_norm": 1, "tied_cross_term": 1, "clipped_sum": 1, "weighted_sums_noise": 1},
 }
 MODELS = {"product": (product, sequences), "twice": (Twice, sequences), "lookup": (Lookup, tokens), "tied": (Tied, tokens)}
 
@@ -161,6 +162,45 @@ def test_half_precision_is_not_widened_before_a_kernel() -> None:
                 assert node.meta["val"].dtype == torch.float32
             if "weight_grads" in name:
                 assert node.meta["val"][0].dtype == torch.bfloat16
+
+
+class Projections(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6, bias=False) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+@pytest.mark.usefixtures("_operators")
+def test_a_layer_gives_its_operands_back_before_the_backward_goes_on() -> None:
+    """Gradients of the last layer are made first, each before the gradient of the layer below."""
+    names = [str(node.target) for node in private_graph(Projections(), sequences(), "materialize").nodes]
+    first_below = max(i for i, name in enumerate(names) if name == "aten.mm.default")
+    made = [i for i, name in enumerate(names) if name == "flashnorm.weight_grads.default"]
+    assert len(made) == 3
+    assert made[1] < first_below < made[2]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_values_that_are_made_again_leave_every_gradient_as_it_is(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them, whether memory asks for it or not."""
+    found: list[Any] = []
+    plan_gradients = private_pass.plan_gradients
+
+    def all_again(graph: fx.Graph, gradients: list[Any], *rest: Any) -> Any:
+        planned = plan_gradients(graph, gradients, *rest)
+        number = plan._Numbers(graph)
+        line = memory.timeline(graph, [g.leaving for g in gradients if g.leaving is not None], number)
+        found.extend(saved.saved_values(graph, line, planned.peaks or DATASHEETS[0], number))
+        return replace(planned, made_again=tuple(found))
+
+    monkeypatch.setattr(private_pass, "plan_gradients", all_again)
+    check(ZOO[name])
+    assert found
 
 
 def test_a_cpu_gets_only_the_operators_that_have_a_cpu_form_of_their_own() -> None:

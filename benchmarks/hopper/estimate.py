@@ -7,6 +7,7 @@ rates in `flashnorm_compile.passes.peaks`, which cites the datasheets and the sh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from flashnorm_compile.passes.peaks import DATASHEETS, Peaks
 from torch import fx
 from torch._inductor import ir
+from torch._inductor.dependencies import WeakDep
 from torch._inductor.scheduler import NopKernelSchedulerNode
 from torch.utils import _pytree as pytree
 
@@ -99,13 +101,23 @@ def _nbytes(node: Any, lowering: Any) -> int:
     if isinstance(first, ir.UserDefinedTritonKernel):
         tensors = [value.get_name() for value in first.kwargs.values() if isinstance(value, ir.IRNode)]
         return sum(_bytes_of(lowering, name) for name in tensors)  # one that is worked on in place is named twice
-    if not node.is_template():
-        return int(node.get_read_write_buffers_sizes())
     parts = node.get_nodes()
+    if not node.is_template():
+        return int(node.get_read_write_buffers_sizes()) - sum(_bytes_of(lowering, name) for name in _only_ordered_behind(parts))
     inside = {name for part in parts for name in part.get_buffer_names()}
     leaving = {name for name in inside if {user.node for user in lowering.scheduler.name_to_buf[name].users} - {node, *parts}}
-    read = {dep.name for part in parts for dep in part.read_writes.reads} - inside
+    read = {dep.name for part in parts for dep in part.read_writes.reads} - inside - _only_ordered_behind(parts)
     return sum(_bytes_of(lowering, name) for name in read | leaving) - sum(_not_gathered(origin) for origin in _origins(node))
+
+
+def _only_ordered_behind(parts: Sequence[Any]) -> set[str]:
+    """Buffers that a kernel is ordered behind and does not read; Inductor counts them as read."""
+    reads = [dep for part in parts for dep in part.read_writes.reads]
+    return {dep.name for dep in reads if _orders(dep)} - {dep.name for dep in reads if not _orders(dep)}
+
+
+def _orders(dep: Any) -> bool:
+    return isinstance(dep, WeakDep) and dep.is_fake
 
 
 def _not_gathered(node: fx.Node) -> int:
