@@ -12,6 +12,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import sympy
 import torch
@@ -60,6 +61,7 @@ class Timeline:
 def timeline(graph: fx.Graph, gradients: Iterable[fx.Node], number: Number) -> Timeline:
     """Walks the non-private step that ``graph``, a joint graph, would become. ``number`` gives symbolic sizes a value."""
     backward = _compat.partitioned_backward(_copied(graph))
+    products = _add_inside_products(backward)
     wanted = {node.name for node in gradients}
     nodes = _scheduled(list(backward.nodes))
     joint = {node.name: owner_of(node) for node in graph.nodes}
@@ -77,10 +79,48 @@ def timeline(graph: fx.Graph, gradients: Iterable[fx.Node], number: Number) -> T
             with_gradients[t] += sizes[name]
             alive[t] += 0.0 if name in leaving else sizes[name]
     order = {node.name: t for t, node in enumerate(nodes)}
+    order |= {name: max(order[operand.name] for operand in operands) for name, operands in products.items()}
     gradient_bytes = sum(sizes[name] for name in leaving)
     saved = frozenset(node.name for node in nodes if node.op == "placeholder")
     needed = _first_reads(nodes, owners, names)
     return Timeline(tuple(alive), max(with_gradients, default=0.0), gradient_bytes, order, died, sizes, saved, needed)
+
+
+def _add_inside_products(graph: fx.Graph) -> dict[str, list[fx.Node]]:
+    """Does as Inductor does: a product that another value is added to is computed by the call that adds, so not before that value
+    is there. A head tied to an embedding waits for the end of the backward, and the logits' gradient with it.
+
+    Returns:
+        The operands of such products, by the product's name.
+    """
+    found: dict[str, list[fx.Node]] = {}
+    for total in graph.find_nodes(op="call_function", target=aten.add.Tensor):
+        first, second = total.args[:2]
+        for part, other in ((first, second), (second, first)):
+            product = _lone_product(part)
+            if product is None or total.kwargs or not _alike(other, product) or not any(map(reads_memory, total.users)):
+                continue
+            total.target, total.args = aten.addmm.default, (other, *product.args)
+            found[product.name] = product.all_input_nodes
+            break
+    graph.eliminate_dead_code()
+    return found
+
+
+def _lone_product(node: Any) -> fx.Node | None:
+    """The matrix product that a node is, or shows as it is, if nobody else reads it."""
+    shown = node
+    while isinstance(node, fx.Node) and len(node.users) == 1:
+        if node.target is aten.mm.default:
+            return node if _alike(shown, node) else None
+        node = node.args[0] if is_view(node) else None
+    return None
+
+
+def _alike(node: Any, other: fx.Node) -> bool:
+    """Whether two values have one type and layout."""
+    value, given = node.meta["val"] if isinstance(node, fx.Node) else None, other.meta["val"]
+    return isinstance(value, Tensor) and (value.dtype, value.shape, value.stride()) == (given.dtype, given.shape, given.stride())
 
 
 def _scheduled(nodes: list[fx.Node]) -> list[fx.Node]:
@@ -147,15 +187,15 @@ def _copied(graph: fx.Graph) -> fx.GraphModule:
 
 
 # Kernels that read their operands from memory; what they read is never fused away.
-_FROM_MEMORY = ("mm", "bmm", "addmm", "baddbmm", "mv", "dot", "convolution", "convolution_backward")
+_FROM_MEMORY = ("mm", "bmm", "addmm", "baddbmm", "mv", "dot", "convolution", "convolution_backward", "sort", "topk")
+# They add to what lies in memory, and leave their result there. A plain scatter into a constant (a one-hot) is element-wise.
+_SCATTERS = ("index_put", "_unsafe_index_put", "_unsafe_masked_index_put_accumulate", "index_add", "scatter_add", "scatter_reduce")
 
 
 def reads_memory(node: fx.Node) -> bool:
     """Whether a node's operands have to lie in memory: it is a kernel of its own, or the output."""
     name = _name(node)
-    return (
-        node.op == "output" or name in _FROM_MEMORY or "attention" in name or name in ("sort", "topk", "index_put", "scatter_add")
-    )
+    return node.op == "output" or name in _FROM_MEMORY or name in _SCATTERS or "attention" in name
 
 
 def _name(node: fx.Node) -> str:
@@ -225,7 +265,10 @@ def _first_reads(nodes: list[fx.Node], owners: dict[fx.Node, fx.Node], names: Ma
 
 
 def _in_place(node: fx.Node, operand: fx.Node, stored: set[fx.Node]) -> bool:
-    """Whether an element-wise node that is stored may take over the memory of an operand of its size."""
+    """Whether a node takes over the memory of an operand: a scatter its first one's, an element-wise node that is stored one of its
+    size."""
+    if _name(node) in _SCATTERS:
+        return node.args[0] is operand
     if node not in stored or reads_memory(node) or node.op == "placeholder":
         return False
     value, given = node.meta.get("val"), operand.meta.get("val")

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
+from torch._functorch._aot_autograd import descriptors as aot
 from torch.utils.checkpoint import CheckpointPolicy
 
 from . import choose
@@ -52,13 +53,14 @@ class Saved:
 def saved_values(graph: fx.Graph, line: Timeline, peaks: Peaks, number: Callable[[Expr], float]) -> list[Saved]:
     """The saved values of a joint graph that are worth the question."""
     found = []
+    overwritten = _overwritten(graph)
     for node in graph.nodes:
         if node.name not in line.needed or not _elementwise(node) or "recompute" in node.meta:
             continue
         chain, sources = _chain(node, line)
         size = bytes_of(node, number)
         gain = size - sum(bytes_of(source, number) for source in sources if not _in_memory(source, line))
-        if gain > _SMALLEST * line.peak:
+        if gain > _SMALLEST * line.peak and overwritten.isdisjoint(sources):
             traffic = size + sum(bytes_of(source, number) for source in sources)
             seconds = Kernel(traffic=traffic).seconds(peaks, number)  # type: ignore[arg-type]
             found.append(Saved(node, tuple(chain), seconds, traffic, gain, line.needed[node.name]))
@@ -71,6 +73,13 @@ def make_again_pass(values: Iterable[Saved]) -> None:
         for node in (*value.chain, *_views(value.node)):
             node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
             node.meta["ac_graph_id"] = 1 << 16
+
+
+def _overwritten(graph: fx.Graph) -> set[fx.Node]:
+    """The inputs that a step gives new values, such as a counter in a buffer: the backward would find those."""
+    updates = {desc.mutated_input for desc in graph.output_node().meta["desc"] if isinstance(desc, aot.InputMutationAOTOutput)}
+    copied_to = {node.args[0] for node in graph.find_nodes(op="call_function", target=aten.copy_.default)}
+    return {node for node in graph.find_nodes(op="placeholder") if node in copied_to or node.meta.get("desc") in updates}
 
 
 def _chain(node: fx.Node, line: Timeline) -> tuple[list[fx.Node], list[fx.Node]]:

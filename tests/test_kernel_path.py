@@ -185,10 +185,10 @@ def test_a_layer_gives_its_operands_back_before_the_backward_goes_on() -> None:
     assert made[1] < first_below < made[2]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_values_that_are_made_again_leave_every_gradient_as_it_is(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of them, whether memory asks for it or not."""
-    found: list[Any] = []
+@pytest.fixture
+def made_again(monkeypatch: pytest.MonkeyPatch) -> list[saved.Saved]:
+    """Every saved value that can be is made again, whether memory asks for it or not. Returns them."""
+    found: list[saved.Saved] = []
     plan_gradients = private_pass.plan_gradients
 
     def all_again(graph: fx.Graph, gradients: list[Any], *rest: Any) -> Any:
@@ -199,8 +199,38 @@ def test_values_that_are_made_again_leave_every_gradient_as_it_is(name: str, mon
         return replace(planned, made_again=tuple(found))
 
     monkeypatch.setattr(private_pass, "plan_gradients", all_again)
+    return found
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_values_that_are_made_again_leave_every_gradient_as_it_is(name: str, made_again: list[saved.Saved]) -> None:
     check(ZOO[name])
-    assert found
+    assert made_again
+
+
+class Annealed(nn.Module):
+    """A product's input is scaled by a buffer, which the step changes afterwards if it is ``annealed``."""
+
+    def __init__(self, annealed: bool) -> None:
+        super().__init__()
+        self.layer, self.annealed = nn.Linear(6, 6, bias=False), annealed
+        self.register_buffer("scale", torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x * self.scale)
+        if self.annealed:
+            self.scale.mul_(2)
+        return y
+
+
+@pytest.mark.parametrize("annealed", [False, True])
+def test_what_was_made_from_an_overwritten_buffer_is_kept(annealed: bool, made_again: list[saved.Saved]) -> None:
+    model, x = Annealed(annealed), sequences()
+    step = torch.compile(model, backend="flashnorm_eager", options={"max_grad_norm": 1e9, "noise_multiplier": 0.0})
+    step(x).square().sum().backward()
+    y = 0.5 * x @ model.layer.weight.detach().T
+    torch.testing.assert_close(model.layer.weight.grad, torch.einsum("btp,btd->pd", 2 * y, 0.5 * x))
+    assert bool(made_again) != annealed
 
 
 def test_a_cpu_gets_only_the_operators_that_have_a_cpu_form_of_their_own() -> None:
