@@ -101,7 +101,9 @@ class Factored:
         return self.plan.gradient
 
     def from_second(self, rerun: Rerun, sizes: Sizes) -> Factored:
-        """The same with the operands that the second backward computes."""
+        """The same with the operands that the second backward computes, if it does."""
+        if not self.plan.again:
+            return self
         values = {**self.values, **{node: rerun[node] for node in self.plan.again}}
         fused = kernels.fused(self.norms_sq.device)
         terms = [factor_values(factor, values, sizes) for factor in self.plan.factors if factor.kind == "outer"]
@@ -116,7 +118,7 @@ class Factored:
     @property
     def at_once(self) -> bool:
         """Whether the sum shares the launch that adds its noise. A large one is noised where it lies."""
-        few = 2 * self.wide_bytes <= kernels.BYTES_AT_ONCE
+        few = 2 * self.wide_bytes <= kernels.BYTES_AT_ONCE and not self.plan.again
         return few and kernels.fused(self.norms_sq.device) and not _reduced_later(self.gradient)
 
     def released(self, release: Release, sizes: Sizes) -> Tensor:
@@ -178,20 +180,25 @@ def norms_of(parts: Sequence[Part]) -> tuple[Tensor, list[int]]:
 
 def released(parts: Sequence[Part], release: Release, sizes: Sizes, rerun: Rerun) -> list[Tensor]:
     """The released gradients, in the order of ``parts``. Many are noised in one launch: stored ones while they are summed up,
-    clipped sums of products behind that. What a second backward computes comes last, in its order."""
+    clipped sums of products behind that. What a second backward computes comes last, in its order; what ranks reduce together is
+    sent in one order by all of them, whatever each has planned: backwards, as a second backward goes."""
     stored = [(part.gradient, part.dense) for part in parts if isinstance(part, Stored) and part.at_once]
     found = _noised_together(stored, release.factors, release)
-    late = {p.gradient.row: p for p in parts if isinstance(p, Factored) and p.plan.again}
-    sums = [part for part in parts if isinstance(part, Factored) and part.at_once and part.gradient.row not in late]
+    sums = [part for part in parts if isinstance(part, Factored) and part.at_once]
     for group in kernels.together(sums, lambda part: _value(part.gradient).dtype, lambda part: part.wide_bytes):
         totals = [(part.gradient, _real(part.summed(release, sizes)).unsqueeze(0)) for part in group]
         found |= _noised_together(totals, release.factors.new_ones((release.factors.shape[0], 1)), release)
-    for p in parts:
-        if p.gradient.row not in found and p.gradient.row not in late:
-            found[p.gradient.row] = p.released(release, sizes)
-    for row, again in sorted(late.items(), key=lambda item: max(map(rerun.moment, item[1].plan.again))):
-        found[row] = again.from_second(rerun, sizes).released(release, sizes)
+    for p in sorted((p for p in parts if p.gradient.row not in found), key=lambda p: _turn(p, rerun)):
+        ready = p.from_second(rerun, sizes) if isinstance(p, Factored) else p
+        found[p.gradient.row] = ready.released(release, sizes)
     return [found[p.gradient.row] for p in parts]
+
+
+def _turn(part: Part, rerun: Rerun) -> int:
+    """Where a part stands in the order of those that are released one by one."""
+    if _reduced_later(part.gradient):
+        return -1 - part.gradient.row
+    return max(map(rerun.moment, part.plan.again), default=0) if isinstance(part, Factored) else 0
 
 
 def _noised_together(pairs: Sequence[tuple[ParameterGradient, Tensor]], factors: Tensor, release: Release) -> dict[int, Tensor]:

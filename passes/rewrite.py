@@ -26,6 +26,7 @@ from .match import gradient_outputs
 from .plan import ParameterPlan, Plan
 from .replay import Sizes, Values
 from .rules import Context
+from .rules.collectives import is_collective
 from .second_backward import Rerun, SecondBackward
 from .type_samples import placeholder_specs
 
@@ -162,17 +163,21 @@ def _inline(graph: fx.Graph, traced: fx.GraphModule, inputs: list[fx.Node]) -> l
     """Copies the traced nodes, each behind the last of its operands; returns the copies of its results.
 
     The backward runs its nodes in about this order: the norm or the per-sample gradient of one layer is computed before the next
-    layer's gradient is, so that operands which nobody else needs give their memory back. What follows the clip factors stays
-    behind them.
+    layer's gradient is, so that operands which nobody else needs give their memory back. From the release on everything stays in
+    its order: ranks whose plans differ must send in the same one. The release itself sends too, so behind all other collectives.
     """
     env: dict[fx.Node, fx.Node] = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True))
     owner = graph.owning_module
     place = {node: position for position, node in enumerate(graph.nodes)}
     behind = dict(enumerate(graph.nodes))
-    first = place[_first_of_backward(graph)]
+    first, is_released = place[_first_of_backward(graph)], False
+    end = place[graph.output_node()] - 1
     for node in traced.graph.nodes:
         if node.op in ("placeholder", "output"):
             continue
+        if node.target is torch.ops.flashnorm.release.default:
+            is_released = True
+            first = end if any(is_collective(other.target) for other in graph.nodes) else first
         position = max(first, *(place[env[arg]] for arg in node.all_input_nodes), 0)
         with graph.inserting_after(behind[position]):
             if node.op == "get_attr":
@@ -186,7 +191,7 @@ def _inline(graph: fx.Graph, traced: fx.GraphModule, inputs: list[fx.Node]) -> l
             copy.meta["tensor_meta"] = node.meta["tensor_meta"]
         env[node] = behind[position] = copy
         place[copy] = position
-        if node.target is torch.ops.flashnorm.release.default:
+        if is_released:
             first = position
     results = pytree.tree_leaves(traced.graph.output_node().args[0])
     return [env[result] for result in results]

@@ -84,8 +84,7 @@ def _overwritten(graph: fx.Graph) -> set[fx.Node]:
 
 def _chain(node: fx.Node, line: Timeline) -> tuple[list[fx.Node], list[fx.Node]]:
     """Element-wise nodes and views from ``node`` upwards, and the values at which they begin."""
-    chain, sources = [node], dict.fromkeys(())
-    seen = {node}
+    chain, sources, seen = [node], dict[fx.Node, None](), {node}
     for current in chain:
         for arg in current.all_input_nodes:
             if arg in seen or not isinstance(arg.meta.get("val"), Tensor):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch._inductor import ir
 from torch._inductor.virtualized import V
 from torch.utils import _pytree as pytree
 
@@ -78,9 +79,9 @@ def _reads(op: Any) -> list[str]:
 def _maker(name: str) -> Any:
     """The operation that makes a buffer, for results of a call that call; None for an input of the graph."""
     buffer = V.graph.name_to_buffer.get(name)
-    op = None if buffer is None else buffer.get_defining_op()
-    while op is not None and type(op).__name__ == "MultiOutput":
-        op = _maker(op.inputs[0].get_name())
+    op: Any = None if buffer is None else buffer.get_defining_op()
+    while isinstance(op, ir.MultiOutput):
+        op = _maker(_reads(op)[0])
     return op
 
 

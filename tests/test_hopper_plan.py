@@ -133,7 +133,9 @@ def test_generated_code_is_the_plan(name: str) -> None:
     assert together["release"] == 1
     stored, sums = _released(private.plan, summed=False), _released(private.plan, summed=True)
     shared = [4 * value.numel() for value in sums if 8 * value.numel() <= BYTES_AT_ONCE]
-    assert together["add_noise"] + together["_add_noise_into"] == len(sums) - len(shared), "only large sums, where they lie"
+    alone = together["add_noise"] + together["_add_noise_into"]
+    assert alone == len(sums) - len(shared), "only large sums, where they lie"
+    assert any("philox" in source for _, source in private.code.kernels) == bool(alone)
     # Two groups in a row fill a launch.
     full = 2 * (sum(value.nbytes for value in stored) + sum(shared)) / BYTES_AT_ONCE
     assert together["weighted_sums_noise"] <= 4 + full + len(private.plan.parameters) / 64

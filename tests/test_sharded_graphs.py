@@ -198,15 +198,17 @@ def test_replicas_are_reduced_whole(graphs: list[fx.GraphModule]) -> None:
     assert count(backward) == {REDUCE: 3}
 
 
-def test_any_number_of_samples_sends_the_same(graphs: list[fx.GraphModule]) -> None:
-    """Poisson draws may leave a rank with one sample, or none, while others have more."""
-    sent = []
+@pytest.mark.parametrize("algorithm", ["auto", "recompute"])
+def test_any_number_of_samples_sends_the_same(algorithm: str, graphs: list[fx.GraphModule]) -> None:
+    """Poisson draws may leave a rank with one sample, or none, while others have more and compute some of it twice."""
+    sent, options = [], OPTIONS | {"norm_algorithm": algorithm}
 
     def run(size: int) -> None:
         torch._dynamo.reset()
         graphs.clear()
         model, ids = flashnorm_compile.fully_shard(Tied()), torch.zeros(size, 5, dtype=torch.int64)
-        torch.compile(lambda ids: model(ids).sum(), backend="flashnorm_eager", options=OPTIONS, dynamic=False)(ids).backward()
+        loss = torch.compile(lambda ids: model(ids).square().sum(), backend="flashnorm_eager", options=options, dynamic=False)
+        loss(ids).backward()
         sent.append([_message(node) for gm in graphs for node in gm.graph.nodes if node.target in (GATHER, SCATTER)])
 
     run(3)

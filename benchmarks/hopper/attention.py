@@ -24,10 +24,14 @@ def attention_of_cuda() -> Iterator[None]:
     """Within, `F.scaled_dot_product_attention` calls the operator that CUDA would choose. For fake tensors only."""
     library = torch.library.Library("aten", "IMPL")
     library.impl("scaled_dot_product_attention", _attention, "AutogradCPU")
+    # Dispatch in Python remembers where a call went, even when that is no longer there.
+    remembered = aten.scaled_dot_product_attention.default._dispatch_cache
+    remembered.clear()
     try:
         yield
     finally:
         library._destroy()
+        remembered.clear()
 
 
 def backend_on_cuda(dtype: torch.dtype, head_width: int, value_width: int, masked: bool) -> str:
