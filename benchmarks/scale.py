@@ -250,9 +250,10 @@ def _row(case: ScaleCase, clipping: str, traces: Traces, plain: Overlapped) -> S
 
 
 def traces_of(cases: Sequence[ScaleCase], jobs: int) -> dict[str, dict[bool, Traces]]:
-    """By case, and whether the step is private. The third depth is generated for the first case."""
+    """By case, and whether the step is private. The third depth is generated for the first case. What takes longest comes first."""
     wanted = [(case, private, layers) for case in cases for private in (False, True) for layers in DEPTHS[:2]]
     wanted += [(cases[0], private, DEPTHS[2]) for private in (False, True)]
+    wanted.sort(key=lambda one: (one[1], one[2]), reverse=True)
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_quiet) as pool:
         amounts = dict(zip([(c.name, private, layers) for c, private, layers in wanted], pool.map(_traced, wanted), strict=True))
 
