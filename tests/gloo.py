@@ -25,7 +25,7 @@ import torch.distributed as dist
 TIMEOUT = timedelta(seconds=240)
 PATIENCE = 600  # seconds for one result; four ranks share two cores with other tests
 TESTS = Path(__file__).parent
-MODULES = ["gloo_scenarios", "gloo_parallel", "bucketing_ranks", "crash_child"]
+MODULES = ["gloo_scenarios", "gloo_parallel", "bucketing_ranks", "crash_child", "torch.distributed.checkpoint._fsspec_filesystem"]
 
 
 @functools.cache
