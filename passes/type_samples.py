@@ -14,6 +14,7 @@ from .graph_spec import GraphSpec, InputSpec, Role
 from .memory import owner_of
 from .rules import RULES, Context, Result
 from .rules.collectives import is_collective
+from .rules.join import is_zero
 from .rules.pointwise import elementwise
 from .sample_types import (
     ANY_SCALE,
@@ -63,10 +64,23 @@ def _own(ctx: Context, node: fx.Node, found: Result) -> Result:
     scales = [ctx.type(arg).scale for arg in node.all_input_nodes]
     scale: Scale | None = ()
     if fresh and any(known_scale(scale) for scale in scales):
-        scale = scale_product(*scales) if node.target in PRODUCTS else common_scale(scales) if node.target in SUMS else None
+        linear = node.target in SUMS
+        scale = (
+            scale_product(*scales) if node.target in PRODUCTS else common_scale(scales) if linear else _scale_of_terms(ctx, node)
+        )
     if not fresh or scale is None or is_collective(node.target):
         return found
     return (SampleSum(scale),) * len(found) if isinstance(found, tuple) else SampleSum(scale)
+
+
+def _scale_of_terms(ctx: Context, node: fx.Node) -> Scale | None:
+    """The scale of what an operator picks or adds up, where indices and conditions have none."""
+    places = TERMS.get(node.target, ())
+    terms = [node.args[i] for i in places if not is_zero(ctx, node.args[i])]
+    others = set(node.all_input_nodes) - {node.args[i] for i in places}
+    if not terms or any(ctx.type(other).scale for other in others):
+        return None
+    return common_scale([ctx.type(term).scale for term in terms])
 
 
 aten = torch.ops.aten
@@ -76,6 +90,17 @@ SUMS = {
     aten.view.default, aten.permute.default, aten.expand.default, aten.slice.Tensor, aten.select.int, aten.unsqueeze.default,
     aten.clone.default,
 }  # fmt: skip
+# Operands in which an operator is linear, all together; the others say where.
+TERMS: dict[Any, tuple[int, ...]] = {
+    aten.gather.default: (0,),
+    aten.index.Tensor: (0,),
+    aten.embedding_dense_backward.default: (0,),
+    aten.where.self: (1, 2),
+    aten.index_put.default: (0, 2),
+    aten.scatter_add.default: (0, 3),
+    aten.index_add.default: (0, 3),
+    aten._unsafe_masked_index_put_accumulate.default: (0, 3),
+}
 
 
 def _is_tangent(node: fx.Node) -> bool:

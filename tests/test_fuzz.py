@@ -577,6 +577,17 @@ INDEPENDENT: dict[str, Program] = {
         step("v2", "add", "v1", "x"),
         losses=(step("l0", "cross_entropy", "v2", "targets", style="flat", reduction="mean"),),
     ),
+    "one sample, put in the order of its own values, under a mean over tokens": program(
+        1,
+        [Input("x", (B, 1, 4)), Input("targets", (B,), bound=2)],
+        [Param("w0", (2, 4, 4))],
+        step("v0", "sdpa", "x", "x", style="full"),
+        step("v1", "bilinear", "v0", "x", "w0"),
+        step("v2", "reorder", "v1", "v1", dim=1),
+        step("v3", "mean", "v2", dim=1),
+        losses=(step("l0", "cross_entropy", "v3", "targets", style="flat", reduction="mean"),),
+        dynamic=True,
+    ),
     "targets in dynamic sizes of their own": program(
         3,
         [Input("ids", (B, 5), bound=4), Input("targets", (4, B, 2), bound=2)],
