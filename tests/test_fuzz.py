@@ -586,6 +586,7 @@ INDEPENDENT: dict[str, Program] = {
         step("v2", "reorder", "v1", "v1", dim=1),
         step("v3", "mean", "v2", dim=1),
         losses=(step("l0", "cross_entropy", "v3", "targets", style="flat", reduction="mean"),),
+        clipping="automatic",
         dynamic=True,
     ),
     "targets in dynamic sizes of their own": program(
