@@ -6,7 +6,6 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -68,7 +67,7 @@ def _measure(
 ) -> bool:
     """Whether a baseline failed."""
     sizes = options.sizes or ("paper" if options.device == "cuda" else "small")
-    plan = unmeasured_first(_planned(suites, sizes, options.cases), read(folder))
+    plan = unmeasured_first(_planned(suites, sizes, options.cases), folder)
     settings = Settings(
         device=options.device,
         sizes=sizes,
@@ -98,8 +97,10 @@ def _measure(
     return failed
 
 
-def unmeasured_first(plan: list[tuple[Suite, Case]], rows: Sequence[Row]) -> list[tuple[Suite, Case]]:
-    """Cases of which a run that its time has ended left something out come before those that it has measured."""
+def unmeasured_first(plan: list[tuple[Suite, Case]], folder: Path) -> list[tuple[Suite, Case]]:
+    """Cases of which a run that its time has ended left something out come before those that ``folder`` holds rows of."""
+    names = dict.fromkeys(suite.name for suite, _ in plan)
+    rows = [row for name in names for row in read(folder / f"{name}.json")]
     known = {(row.suite, row.case) for row in rows}
     late = {(row.suite, row.case) for row in rows if row.was_late}
     return sorted(plan, key=lambda one: (one[0].name, one[1].name) in known - late)

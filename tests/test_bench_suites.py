@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import bench_rows
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks import row
 from benchmarks.__main__ import unmeasured_first
 from benchmarks.case import Case, Suite, in_order
 from benchmarks.contenders import CONTENDERS
@@ -235,10 +237,12 @@ def test_every_named_contender_is_registered() -> None:
             assert set(case.contenders or ()) <= registered, f"{suite.name}: {case.name}"
 
 
-def test_a_second_run_begins_with_what_the_first_left_out() -> None:
+def test_a_second_run_begins_with_what_the_first_left_out(tmp_path: Path) -> None:
     plan = in_order([layers.SUITE], "small")
     names = [case.name for _, case in plan]
     measured = [bench_rows.make("flashnorm", name) for name in names[:3]]
     late = [bench_rows.make("vmap", names[1], error="not run: the time given to this run was over")]
-    assert [case.name for _, case in unmeasured_first(plan, measured + late)] == [names[1], *names[3:], names[0], names[2]]
-    assert unmeasured_first(plan, []) == plan
+    row.write(measured + late, tmp_path / "layers.json")
+    (tmp_path / "soundness.json").write_text('[{"trap": "judged by the first run as well"}]')
+    assert [case.name for _, case in unmeasured_first(plan, tmp_path)] == [names[1], *names[3:], names[0], names[2]]
+    assert unmeasured_first(plan, tmp_path / "nothing") == plan
