@@ -23,6 +23,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -187,6 +188,24 @@ def table(rows: Sequence[RooflineRow]) -> str:
     return "\n".join(lines)
 
 
+def write(rows: Sequence[RooflineRow], path: Path) -> None:
+    """The rows as JSON; those of other cases that were written the same day under the same versions stay."""
+    found: dict[str, Any] = {
+        "device": dataclasses.asdict(peaks_named(DEVICE)),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+        "precision": "bfloat16",
+    }
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    alike = all(kept.get(key) == value for key, value in found.items())
+    by_case = {row["case"]: row for row in kept["rows"]} if alike else {}
+    by_case |= {row.case: dataclasses.asdict(row) | {"ratio": row.ratio, "memory_ratio": row.memory_ratio} for row in rows}
+    found["rows"] = [by_case[case.name] for case in CASES if case.name in by_case]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", help="names of cases; all if none are given")
@@ -201,17 +220,7 @@ def main() -> None:
         print(table([row]).splitlines()[-1], flush=True)
     print(table(rows))
     if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        peaks = peaks_named(DEVICE)
-        found = {
-            "device": dataclasses.asdict(peaks),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "date": time.strftime("%Y-%m-%d"),
-            "precision": "bfloat16",
-            "rows": [dataclasses.asdict(row) | {"ratio": row.ratio, "memory_ratio": row.memory_ratio} for row in rows],
-        }
-        (arguments.out / "roofline.json").write_text(json.dumps(found, indent=1) + "\n")
+        write(rows, arguments.out / "roofline.json")
 
 
 if __name__ == "__main__":

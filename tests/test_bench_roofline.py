@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import torch
 pytest.importorskip("triton", reason="Inductor's code for a GPU needs the triton package")
 
 from benchmarks.hopper import Work, peaks_named
-from benchmarks.roofline import CASES, RooflineRow, added_by_term, table
+from benchmarks.roofline import CASES, RooflineRow, added_by_term, table, write
 
 
 def work(name: str, nbytes: int = 0, flops: int = 0) -> Work:
@@ -36,6 +38,22 @@ def test_a_missed_target_says_so() -> None:
     assert "| 1.200 **missed** | 1.10 | 0.900 |" in table([row])
     assert "missed" not in table([dataclasses.replace(row, seconds=1.05)])
     assert "| 1.200 **over** |" in table([dataclasses.replace(row, peak_bytes=120)])
+
+
+def test_rows_of_one_day_add_up_to_a_table(tmp_path: Path) -> None:
+    """Some cases anew leave the others as they are, and other versions leave none."""
+    path = tmp_path / "roofline.json"
+    first, second = (RooflineRow(case.name, "", 1.2, 1.0, 90, 100, 0, 0, 0, 0, 5, 4, 1.1, 1.1, {}) for case in CASES[:2])
+    write([second], path)
+    write([first, dataclasses.replace(second, seconds=1.5)], path)
+    write([dataclasses.replace(first, seconds=1.3)], path)
+    assert [(row["case"], row["ratio"]) for row in json.loads(path.read_text())["rows"]] == [
+        (CASES[0].name, 1.3),
+        (CASES[1].name, 1.5),
+    ]
+    path.write_text(path.read_text().replace(torch.__version__, "2.0.0"))
+    write([second], path)
+    assert [row["case"] for row in json.loads(path.read_text())["rows"]] == [second.case]
 
 
 def test_the_cases_are_those_that_have_targets() -> None:
