@@ -30,6 +30,7 @@ from .costs import Cost
 from .memory import Timeline
 from .peaks import Peaks
 from .sample_types import Expr, expression
+from .saved import Saved
 from .ways import Way
 
 # Times are compared in this unit, in whole numbers.
@@ -61,10 +62,12 @@ def excess_bytes(
     line: Timeline,
     budget: float | int,
     leaving: Set[str],
+    made_again: Sequence[Saved] = (),
 ) -> Expr:
     """The bytes by which a decision exceeds its budget at its tightest moment; negative where it fits.
 
     ``budget``: as the option has it. ``leaving``: names of the gradients, which the budget counts and the room does not.
+    ``made_again``: saved values that give their memory back until the backward needs them.
     """
     nodes = {node.name: node for node in graph.nodes}
     t = decision.moment
@@ -77,7 +80,9 @@ def excess_bytes(
 
     held = sympy.Add(*(way.cost.held for way, moment in zip(chosen, moments, strict=True) if moment <= t))
     kept = size(value.name for value in decision.kept if value.moment <= t)
+    given_back = [value for value in made_again if value.needed > t]
     taken = held + kept + size(name for name in alive(t) if name not in leaving)
+    taken += sympy.Add(*(sympy.Add(*map(_bytes, value.instead)) - _bytes(value.node) for value in given_back))
     if isinstance(budget, int):
         return taken - budget
     share = sympy.Rational(str(budget)).limit_denominator(1000)

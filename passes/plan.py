@@ -113,7 +113,7 @@ def plan_gradients(graph: fx.Graph, gradients: list[ParameterGradient], spec: Gr
     decided, line, budget = found.decision, found.line, found.budget
     _guard_crossovers(graph, gradients, [ways[g.name] for g in free], found, spec, peaks, number)
     plans = dict(fixed)
-    for gradient, j in zip(free, decided.chosen, strict=False):
+    for gradient, j in zip(free, decided.chosen, strict=True):
         own = ways[gradient.name]
         seconds = [way.cost.seconds(peaks, number) for way in own]
         considered = tuple(Alternative(way.algorithm, s, number(way.cost.held)) for way, s in zip(own, seconds, strict=True))
@@ -249,12 +249,14 @@ def _decide(
     again = recipes(graph, dict.fromkeys(node for way in every for node in way.again), line, peaks, number)
     moments = [line.made(g.uses[-1].operation) for g in free]
     saved = saved_values(graph, line, peaks, number) if kernels.fused(_device(free[0])) else []
-    with_kept += [value.ways() for value in saved]
-    moments += [0] * len(saved)
-    room = [budget - alive for alive in line.alive]
-    decided = choose.choose(with_kept, moments, room, again)
-    fastest = choose.choose_fastest(with_kept, moments, room, again)
+    problem = (
+        [*with_kept, *(value.ways() for value in saved)],
+        [*moments, *[0] * len(saved)],
+        [budget - alive for alive in line.alive],
+    )
+    decided, fastest = choose.choose(*problem, again), choose.choose_fastest(*problem, again)
     made_again = tuple(value for value, j in zip(saved, decided.chosen[len(free) :], strict=True) if j)
+    decided, fastest = (replace(decision, chosen=decision.chosen[: len(free)]) for decision in (decided, fastest))
     return _Decided(decided, fastest, tuple(moments), line, budget, made_again)
 
 
@@ -284,8 +286,9 @@ def _guard_crossovers(
     for decision in dict.fromkeys((found.decision, found.fastest)):
         if found.line is None:
             break
-        picked = [own[j] for own, j in zip(ways, decision.chosen, strict=False)]
-        signs.append(excess_bytes(graph, picked, found.moments, decision, found.line, spec.memory_budget, leaving))
+        picked = [own[j] for own, j in zip(ways, decision.chosen, strict=True)]
+        again = found.made_again if decision is found.decision else ()
+        signs.append(excess_bytes(graph, picked, found.moments, decision, found.line, spec.memory_budget, leaving, again))
     guard_signs(signs, graph)
 
 

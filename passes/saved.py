@@ -33,12 +33,13 @@ _SMALLEST = 1 / 200
 class Saved:
     """``node``: a saved value; ``chain``: the element-wise nodes that make it from what is in memory anyway, itself included.
 
-    ``seconds``, ``traffic`` in bytes: to make it again. ``nbytes``: what is free then, from the forward's end to the moment
-    ``needed`` of the backward.
+    ``instead``: values that have to stay in memory for it. ``seconds``, ``traffic`` in bytes: to make it again. ``nbytes``: what is
+    free then, from the forward's end to the moment ``needed`` of the backward.
     """
 
     node: fx.Node
     chain: tuple[fx.Node, ...] = field(repr=False)
+    instead: tuple[fx.Node, ...] = field(repr=False)
     seconds: float
     traffic: float
     nbytes: float
@@ -59,11 +60,12 @@ def saved_values(graph: fx.Graph, line: Timeline, peaks: Peaks, number: Callable
             continue
         chain, sources = _chain(node, line)
         size = bytes_of(node, number)
-        gain = size - sum(bytes_of(source, number) for source in sources if not _in_memory(source, line))
+        instead = tuple(source for source in sources if not _in_memory(source, line))
+        gain = size - sum(bytes_of(source, number) for source in instead)
         if gain > _SMALLEST * line.peak and overwritten.isdisjoint(sources):
             traffic = size + sum(bytes_of(source, number) for source in sources)
             seconds = Kernel(traffic=traffic).seconds(peaks, number)  # type: ignore[arg-type]
-            found.append(Saved(node, tuple(chain), seconds, traffic, gain, line.needed[node.name]))
+            found.append(Saved(node, tuple(chain), instead, seconds, traffic, gain, line.needed[node.name]))
     return found
 
 

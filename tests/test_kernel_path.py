@@ -208,6 +208,14 @@ def test_values_that_are_made_again_leave_every_gradient_as_it_is(name: str, mad
     assert made_again
 
 
+@pytest.mark.usefixtures("_operators")
+def test_dynamic_sizes_with_values_that_the_plan_makes_again() -> None:
+    """A plan guards the sizes at which it fits, with what it makes again taken off."""
+    with mock.patch.object(plan, "excess_bytes", wraps=plan.excess_bytes) as guarded:
+        check(ZOO["llama"], compile_options={"dynamic": True})
+    assert any(call.args[-1] for call in guarded.call_args_list)
+
+
 class Annealed(nn.Module):
     """A product's input is scaled by a buffer, which the step changes afterwards if it is ``annealed``."""
 
