@@ -15,6 +15,7 @@ import dataclasses
 import json
 import logging
 import multiprocessing
+import os
 import platform
 import time
 import warnings
@@ -189,7 +190,8 @@ def table(rows: Sequence[RooflineRow]) -> str:
 
 
 def write(rows: Sequence[RooflineRow], path: Path) -> None:
-    """The rows as JSON; those of other cases that were written the same day under the same versions stay."""
+    """The rows as JSON; those of other cases that were written the same day under the same versions stay. The file is replaced
+    whole: a kill loses nothing."""
     found: dict[str, Any] = {
         "device": dataclasses.asdict(peaks_named(DEVICE)),
         "torch": torch.__version__,
@@ -203,7 +205,9 @@ def write(rows: Sequence[RooflineRow], path: Path) -> None:
     by_case |= {row.case: dataclasses.asdict(row) | {"ratio": row.ratio, "memory_ratio": row.memory_ratio} for row in rows}
     found["rows"] = [by_case[case.name] for case in CASES if case.name in by_case]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    partial_file = path.with_suffix(".partial")
+    partial_file.write_text(json.dumps(found, indent=1) + "\n")
+    os.replace(partial_file, path)
 
 
 def main() -> None:

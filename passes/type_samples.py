@@ -64,10 +64,7 @@ def _own(ctx: Context, node: fx.Node, found: Result) -> Result:
     scales = [ctx.type(arg).scale for arg in node.all_input_nodes]
     scale: Scale | None = ()
     if fresh and any(known_scale(scale) for scale in scales):
-        linear = node.target in SUMS
-        scale = (
-            scale_product(*scales) if node.target in PRODUCTS else common_scale(scales) if linear else _scale_of_terms(ctx, node)
-        )
+        scale = scale_product(*scales) if node.target in PRODUCTS else _scale_of_terms(ctx, node)
     if not fresh or scale is None or is_collective(node.target):
         return found
     return (SampleSum(scale),) * len(found) if isinstance(found, tuple) else SampleSum(scale)
@@ -75,10 +72,9 @@ def _own(ctx: Context, node: fx.Node, found: Result) -> Result:
 
 def _scale_of_terms(ctx: Context, node: fx.Node) -> Scale | None:
     """The scale of what an operator picks or adds up, where indices and conditions have none."""
-    places = TERMS.get(node.target, ())
-    terms = [node.args[i] for i in places if not is_zero(ctx, node.args[i])]
-    others = set(node.all_input_nodes) - {node.args[i] for i in places}
-    if not terms or any(ctx.type(other).scale for other in others):
+    operands = node.all_input_nodes if node.target in SUMS else [node.args[i] for i in TERMS.get(node.target, ())]
+    terms = [term for term in operands if not is_zero(ctx, term)]
+    if not terms or any(ctx.type(other).scale for other in node.all_input_nodes if other not in operands):
         return None
     return common_scale([ctx.type(term).scale for term in terms])
 
@@ -90,7 +86,7 @@ SUMS = {
     aten.view.default, aten.permute.default, aten.expand.default, aten.slice.Tensor, aten.select.int, aten.unsqueeze.default,
     aten.clone.default,
 }  # fmt: skip
-# Operands in which an operator is linear, all together; the others say where.
+# Operands in which other operators are linear, all together; the rest says where.
 TERMS: dict[Any, tuple[int, ...]] = {
     aten.gather.default: (0,),
     aten.index.Tensor: (0,),
