@@ -3,14 +3,19 @@
     python -m benchmarks.kernels --out benchmarks/results/kernels/DATE
 
 Time is the median over repeated launches, with a cold L2 cache. FLOPs and bytes are those that the operation needs (each operand
-and result once), for the kernel and the composition alike; the share of peak is the roofline's time over the measured one.
+and result once), for the kernel and the composition alike; the share of peak is the roofline's time over the measured one. Kernels
+are compiled beforehand, in several processes at once. A contest that fails is a row with its error, and rows are written as they
+come.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import multiprocessing
+import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -37,6 +42,7 @@ from torch import Tensor
 
 from benchmarks.hopper.estimate import roofline
 from benchmarks.machine import device_name, today, versions
+from benchmarks.runner import first_line
 
 ops = torch.ops.flashnorm
 # B, T, p, d of GPT-2 (B 1 and 8), ViT-B/16 (B 64), a Llama-3.2-1B block (B 4) and 8 x Linear(1024, 1024).
@@ -63,16 +69,18 @@ class Contest:
 
 @dataclass(frozen=True)
 class KernelRow:
-    """Milliseconds, TFLOP/s and GB/s of the kernel; `share_of_peak`: the roofline's time over the measured one."""
+    """Milliseconds, TFLOP/s and GB/s of the kernel; `share_of_peak`: the roofline's time over the measured one. With an `error`
+    what was not measured is None."""
 
     kernel: str
     shape: tuple[int, ...]
     dtype: str
-    ms: float
-    composition_ms: float
-    tflops_per_s: float
-    gbytes_per_s: float
-    share_of_peak: float
+    ms: float | None = None
+    composition_ms: float | None = None
+    tflops_per_s: float | None = None
+    gbytes_per_s: float | None = None
+    share_of_peak: float | None = None
+    error: str | None = None
 
 
 def contests(dtype: torch.dtype, device: str) -> Iterator[Contest]:
@@ -166,12 +174,19 @@ def _per_layer(dense: Tensor) -> Tensor:
     return (dense * factors[:, None, None].to(dense.dtype)).sum(0, dtype=torch.float32)
 
 
+_SLEEP_CLOCKS = 4_000_000  # about 2 ms
+
+
 def median_ms(call: Callable[[], Any], repeats: int) -> float:
-    """Median time on the device of a call that finds nothing of its operands in L2."""
+    """Median time on the device of a call that finds nothing of its operands in L2.
+
+    The device sleeps first, so that everything is queued before it begins: what Python takes to launch is not in the time.
+    """
     flush = torch.empty(2**28, dtype=torch.int8, device="cuda")
     taken = []
     for number in range(-3, repeats):
         flush.zero_()
+        torch.cuda._sleep(_SLEEP_CLOCKS)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         call()
@@ -192,33 +207,64 @@ def row_of(contest: Contest, dtype: torch.dtype, peaks: Peaks, ms: float, compos
     )  # fmt: skip
 
 
+def measure(contest: Contest, dtype: torch.dtype, peaks: Peaks, repeats: int) -> KernelRow:
+    """The contest's row. Whatever one of its sides raises becomes the row's error."""
+    try:
+        return row_of(contest, dtype, peaks, median_ms(contest.kernel, repeats), median_ms(contest.composition, repeats))
+    except Exception as error:  # the row tells it
+        text = f"{type(error).__name__}: {first_line(error)}"
+        return KernelRow(contest.name, contest.shape, str(dtype).removeprefix("torch."), error=text)
+
+
+def compile_ahead(dtype: torch.dtype, processes: int) -> None:
+    """Calls every kernel once, so that Triton's cache holds its code. What fails here fails again where it is measured."""
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_call_some, args=(dtype, number, processes)) for number in range(processes)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+
+def _call_some(dtype: torch.dtype, number: int, processes: int) -> None:
+    for place, contest in enumerate(contests(dtype, "cuda")):
+        if place % processes == number:
+            with contextlib.suppress(Exception):
+                contest.kernel()
+                torch.cuda.synchronize()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder for kernels.json")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1), help="processes that compile (%(default)s)")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks.kernels runs on a CUDA device only: torch.cuda.is_available() is False.")
     dtype, peaks = getattr(torch, arguments.dtype), peaks_of(torch.device("cuda", torch.cuda.current_device()))
+    compile_ahead(dtype, arguments.jobs)
     rows = []
     print(f"{'kernel':<20} {'shape':<24} {'ms':>8} {'ATen ms':>8} {'TFLOP/s':>8} {'GB/s':>7} share of peak")
     for contest in contests(dtype, "cuda"):
-        row = row_of(
-            contest, dtype, peaks, median_ms(contest.kernel, arguments.repeats), median_ms(contest.composition, arguments.repeats)
-        )
-        rows.append(row)
-        times = f"{row.ms:8.3f} {row.composition_ms:8.3f} {row.tflops_per_s:8.1f} {row.gbytes_per_s:7.0f}"
-        print(f"{row.kernel:<20} {row.shape!s:<24} {times} {row.share_of_peak:.0%}", flush=True)
-    if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        found = {
-            "device": device_name("cuda"),
-            "versions": versions(),
-            "date": today(),
-            "rows": [dataclasses.asdict(row) for row in rows],
-        }
-        (arguments.out / "kernels.json").write_text(json.dumps(found, indent=1) + "\n")
+        rows.append(measure(contest, dtype, peaks, arguments.repeats))
+        print(_line(rows[-1]), flush=True)
+        if arguments.out:
+            _write(rows, arguments.out)
+
+
+def _line(row: KernelRow) -> str:
+    name = f"{row.kernel:<20} {row.shape!s:<24}"
+    if row.error:
+        return f"{name} {row.error}"
+    return f"{name} {row.ms:8.3f} {row.composition_ms:8.3f} {row.tflops_per_s:8.1f} {row.gbytes_per_s:7.0f} {row.share_of_peak:.0%}"
+
+
+def _write(rows: list[KernelRow], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {"device": device_name("cuda"), "versions": versions(), "date": today(), "rows": [dataclasses.asdict(r) for r in rows]}
+    (folder / "kernels.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ class _Run:
                 raise GateError(f"relative gradient error {results['gradient_error']:.1e}")
             results |= self._time(contender, prepared)
         except Exception as error:  # the row tells it
-            results["error"] = f"{type(error).__name__}: {_first_line(error)}"
+            results["error"] = f"{type(error).__name__}: {first_line(error)}"
         finally:
             if prepared is not None and contender.name != BASELINE:
                 prepared.close()
@@ -216,7 +216,8 @@ def matmul_precision(precision: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Of an error's text, what fits into a table."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:400]
 
 

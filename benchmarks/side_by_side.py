@@ -18,6 +18,7 @@ import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
+from typing import Any
 
 import torch
 import torch._inductor.config
@@ -154,8 +155,7 @@ class _Worker:
         self.job, self.case = job, _case(job, settings)
         self.heard: list[str] = []
         self.crowded: list[str] = []
-        context = multiprocessing.get_context("forkserver")  # forks of a process that has imported everything and run nothing
-        context.set_forkserver_preload(["__main__", __name__])
+        context = _context(settings.device)
         self.connection, theirs = context.Pipe()
         self.process = context.Process(name=job.name, target=_work, args=(theirs, job, settings, processes))
         self.process.start()
@@ -182,6 +182,16 @@ class _Worker:
     def end(self) -> None:
         self.signal(signal.SIGKILL)
         self.process.join()
+
+
+def _context(device: str) -> Any:
+    """Forks of a process that has imported everything and run nothing. On a GPU each starts anew: what is imported may look for
+    the device, and a fork of a process that has looked cannot use it."""
+    if device == "cuda":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", __name__])
+    return context
 
 
 def _case(job: Job, settings: Settings) -> Case:

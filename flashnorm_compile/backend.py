@@ -177,7 +177,7 @@ def with_handle(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[fx.G
 
     Dynamo goes on using the graph that it captured, so that one stays as it is.
     """
-    example = _compat.fake_mode_of(gm, example_inputs).from_tensor(torch.zeros((), dtype=torch.int64))
+    example = _compat.fake_mode_of(gm, example_inputs).from_tensor(torch.zeros((), dtype=torch.int64, device="cpu"))
     gm = _compat.copy_captured(gm)
     last = gm.graph.find_nodes(op="placeholder")[-1]
     with gm.graph.inserting_after(last):

@@ -48,15 +48,15 @@ class _Places:
     revision: int
     rows: list[int]
     """Each parameter's index in the state."""
-    row_index: Tensor
-    """The same as int64 [P]."""
+    streams: Tensor
+    """int64 [P], on the parameters' device: what tells their noise apart."""
     groups: Tensor | None
     """int64 [P]: each parameter's clipping group; None when all share one."""
     fractions: Tensor | None
     """float32 [K]: each group's part of ``max_grad_norm``; None when there is one group."""
     group_names: frozenset[str]
-    parts: Tensor | None
-    """int64 [P, 3]: where this rank's parts of the parameters lie in the whole ones; None if all are whole."""
+    parts: Tensor
+    """int64 [P, 3], on the parameters' device: where this rank's parts of the parameters lie in the whole ones."""
     copied: Tensor | None
     """bool [P]: of which parameters each rank of the tensor-parallel group holds a copy; None without one."""
 
@@ -75,9 +75,9 @@ class Binding:
         self.guarded = False
         self._looked = False
         self._places: _Places | None = None
-        self.handle = torch.tensor(release_op.register(self), dtype=torch.int64)
+        self.handle = torch.tensor(release_op.register(self), dtype=torch.int64, device="cpu")
         self._blank = BlankBatch(self)
-        self.blank_handle = torch.tensor(release_op.register(self._blank), dtype=torch.int64)
+        self.blank_handle = torch.tensor(release_op.register(self._blank), dtype=torch.int64, device="cpu")
         self._place(parameters)
 
     def matches(self, parameters: Sequence[nn.Parameter]) -> bool:
@@ -109,11 +109,11 @@ class Binding:
             state=state,
             revision=state.revision,
             rows=rows,
-            row_index=torch.tensor(rows),
+            streams=state.streams[torch.tensor(rows, device="cpu")].to(device),
             groups=torch.tensor(groups, device=device) if several else None,
             fractions=torch.tensor(layout.fractions, dtype=torch.float32, device=device) if several else None,
             group_names=frozenset(layout.group_names[group] for group in groups),
-            parts=self._join_team(state, parameters),
+            parts=self._join_team(state, parameters).to(device),
             copied=self._copied(parameters),
         )
         return self._places
@@ -124,12 +124,12 @@ class Binding:
             return None
         return torch.tensor([not is_split(parameter, group) for parameter in parameters], device=parameters[0].device)
 
-    def _join_team(self, state: PrivacyState, parameters: Sequence[nn.Parameter]) -> Tensor | None:
+    def _join_team(self, state: PrivacyState, parameters: Sequence[nn.Parameter]) -> Tensor:
         team = self.ranks.team
         if state.team is None and team:
             state.team = Team(team, self.ranks.data_ranks)
         self._check_team(state)
-        return torch.tensor([place_of(parameter) for parameter in parameters]) if team else None
+        return torch.tensor([place_of(parameter) if team else WHOLE for parameter in parameters], device="cpu")
 
     def _check_team(self, state: PrivacyState) -> None:
         """Also at each release: a graph that trains on one device may have been called before any that trains on several.
@@ -185,11 +185,10 @@ class Binding:
         if blank:
             norms, factors = norms[:0], torch.zeros_like(factors)
         state.record(norms, bounds)
-        keys = state.noise_keys(number).index_select(0, places.row_index)
+        keys = state.noise_keys(number, places.streams)
         if parts:
-            where = torch.tensor([WHOLE]).expand(len(keys), 3) if places.parts is None else places.parts
-            keys = torch.cat((keys, where), 1)
-        return self._spread(factors, places), keys.to(norms_sq.device), norms_sq.new_full((), noise_std, dtype=torch.float32)
+            keys = torch.cat((keys, places.parts), 1)
+        return self._spread(factors, places), keys, norms_sq.new_full((), noise_std, dtype=torch.float32)
 
     def _norms(self, norms_sq: Tensor, places: _Places) -> Tensor:
         """Norms [B, K] of whole gradients, also where this rank holds parts of them.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import struct
 from collections.abc import Sequence
 
 import torch
@@ -43,12 +44,18 @@ class NoiseKey:
         self._owner = os.getpid()
 
     def words(self, release: int, streams: Tensor) -> Tensor:
-        """int64 [P, 2]: generator key and stream of each parameter in the release of this number; ``streams``: int64 [P]."""
+        """int64 [P, 2]: generator key and stream of each parameter in the release of this number; ``streams``: int64 [P].
+
+        They are made on the device of ``streams``: a copy from the host would make every step wait for the device.
+        """
         mine = self._repeatable or self._owner == os.getpid()
         process = b"" if mine else os.getpid().to_bytes(8, "little")
         digest = hashlib.shake_128(self._secret + self._salt + process + release.to_bytes(8, "little")).digest(16)
-        key, stream = torch.frombuffer(bytearray(digest), dtype=torch.int64)
-        return torch.stack((key.expand_as(streams), streams ^ stream), 1)
+        key, stream = struct.unpack("<qq", digest)
+        words = streams.new_empty((len(streams), 2))
+        words[:, 0] = key
+        torch.bitwise_xor(streams, stream, out=words[:, 1])
+        return words
 
 
 def streams_of(names: Sequence[str]) -> Tensor:
@@ -59,7 +66,7 @@ def streams_of(names: Sequence[str]) -> Tensor:
         while (stream := _hashed(f"{name}\0{again}")) in found:
             again += 1
         found[stream] = None
-    return torch.tensor(list(found), dtype=torch.int64)
+    return torch.tensor(list(found), dtype=torch.int64, device="cpu")
 
 
 def _hashed(text: str) -> int:

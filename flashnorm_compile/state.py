@@ -357,11 +357,19 @@ class PrivacyState(Accounted):
         """Whether the backward pass that released last adds noise."""
         return self._adds_noise
 
-    def noise_keys(self, release: int) -> Tensor:
-        """int64 [P, 2], generator key and stream of each parameter: never the same for two releases, states or processes."""
+    @property
+    def streams(self) -> Tensor:
+        """int64 [P] on the CPU: what tells the parameters' noise apart; as of this ``revision``."""
         if self._streams is None:
             self._streams = streams_of(self.names)
-        return self.noise_key.words(release, self._streams)
+        return self._streams
+
+    def noise_keys(self, release: int, streams: Tensor | None = None) -> Tensor:
+        """int64 [P, 2], generator key and stream of each parameter: never the same for two releases, states or processes.
+
+        ``streams``: those of some parameters, on their device; None for all.
+        """
+        return self.noise_key.words(release, self.streams if streams is None else streams)
 
     def record(self, norms: Tensor, bounds: Tensor | float) -> None:
         """Keeps float32 norms [B, K] and bounds (a number or [K]) for ``last``."""

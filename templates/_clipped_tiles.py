@@ -7,7 +7,8 @@ Legend: B samples, T positions, p rows and d columns of the weight, S segments o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -80,7 +81,8 @@ class Choice:
         return ceil_div(grid, device.multiprocessors) * (max(multiply, load) + scale) + (exchange if t.SPLIT > 1 else 0)
 
 
-def tile_choices(sizes: Sequence[int], dtype: torch.dtype, device: Device, precision: str) -> list[Choice]:
+@functools.lru_cache(maxsize=4096)
+def tile_choices(sizes: tuple[int, ...], dtype: torch.dtype, device: Device, precision: str) -> list[Choice]:
     """Every tile shape, each with its best split; the best by the formula comes first. ``sizes``: B, T, p, d."""
     batch, length, p, d = sizes
     family = _HALF if dtype.itemsize == 2 else _TF32 if precision == "tf32" else _IEEE

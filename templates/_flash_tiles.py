@@ -7,6 +7,7 @@ Legend: B samples, T positions, p rows and d columns of the weight, S segments o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -89,6 +90,7 @@ class Choice:
         return waves * (max(multiply, load) + (exchange if t.SPLIT > 1 else 0)) + (_LAUNCH_CLOCKS if t.SPLIT > 1 else 0)
 
 
+@functools.lru_cache(maxsize=4096)
 def tile_choices(batch: int, length: int, p: int, d: int, dtype: torch.dtype, device: Device, precision: str) -> list[Choice]:
     """Every tile shape with its best split; the best by ``Choice.clocks`` comes first. All sizes are at least 1."""
     family = _HALF if dtype.itemsize == 2 else _TF32 if precision == "tf32" else _IEEE

@@ -5,6 +5,7 @@ Legend: B samples, T positions, p rows and d columns of the weight.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -48,6 +49,7 @@ _TF32 = (PairTiles(128, 32, 8, 4), PairTiles(64, 32, 4, 4), PairTiles(32, 32, 4,
 _IEEE = (PairTiles(64, 16, 8, 3), PairTiles(32, 16, 4, 3))
 
 
+@functools.lru_cache(maxsize=4096)
 def pair_choices(batch: int, length: int, width: int, dtype: torch.dtype, device: Device, precision: str) -> list[PairTiles]:
     """Every tile shape for T = ``length`` and p + d = ``width``; the best by ``PairTiles.clocks`` comes first."""
     family = _HALF if dtype.itemsize == 2 else _TF32 if precision == "tf32" else _IEEE

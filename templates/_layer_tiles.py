@@ -7,7 +7,7 @@ Legend: B samples, T positions, p rows and d columns of the weight, S programs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -56,7 +56,7 @@ def whole_layer(p: int, d: int, dtype: torch.dtype, precision: str, split: int =
     return Tiles(rows, columns, positions, 8 if rows * columns > 64 * 64 else 4, stages, split)
 
 
-def clocks(tiles: Tiles, sizes: Sequence[int], dtype: torch.dtype, device: Device, precision: str) -> float:
+def clocks(tiles: Tiles, sizes: tuple[int, ...], dtype: torch.dtype, device: Device, precision: str) -> float:
     """ceil(B / S) * (max(FLOPs / peak, bytes / L2 rate) of one sample + squaring and scaling it) + adding the S totals."""
     batch, length, p, d = sizes
     peak = device.flops_per_clock * 2 / dtype.itemsize if dtype.itemsize == 2 or precision == "tf32" else 256
@@ -68,7 +68,8 @@ def clocks(tiles: Tiles, sizes: Sequence[int], dtype: torch.dtype, device: Devic
     return ceil_div(batch, tiles.SPLIT) * sample + (exchange if tiles.SPLIT > 1 else 0)
 
 
-def one_launch(sizes: Sequence[int], dtype: torch.dtype, device: Device, precision: str) -> Tiles | None:
+@functools.lru_cache(maxsize=4096)
+def one_launch(sizes: tuple[int, ...], dtype: torch.dtype, device: Device, precision: str) -> Tiles | None:
     """The best one-launch tile for ``sizes`` (B, T, p, d); None where the layer does not fit, or two launches cost fewer clocks."""
     batch, length, p, d = sizes
     splits = range(1, min(batch, device.multiprocessors) + 1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -32,7 +33,8 @@ _TF32 = (Tiles(128, 128, 32, 8, 3), Tiles(64, 64, 32, 4, 3))
 _IEEE = (Tiles(64, 64, 16, 8, 2), Tiles(32, 32, 16, 4, 2))
 
 
-def tile_choices(sizes: Sequence[int], dtype: torch.dtype, device: Device, precision: str, store: torch.dtype) -> list[Tiles]:
+@functools.lru_cache(maxsize=4096)
+def tile_choices(sizes: tuple[int, ...], dtype: torch.dtype, device: Device, precision: str, store: torch.dtype) -> list[Tiles]:
     """Every tile shape for ``sizes`` (B, T, p, d), the best first.
 
     It has the least waves * (max(FLOPs / peak, bytes / L2 rate) + stored bytes / L2 rate) of one tile;

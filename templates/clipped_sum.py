@@ -304,7 +304,7 @@ def _lower(g: Any, a: Any, factors: Any, dtype: torch.dtype | None = None) -> An
         return _cast(lowering.zeros([p, d], where), dtype)
     device, layouts = lowering.device_for_nodes(g, a)
     precision = matmul_precision(g.get_dtype())
-    sizes = [max(1, lowering.hint(size)) for size in (batch, length, p, d)]
+    sizes = tuple(lowering.hints(batch, length, p, d))
     choices = lowering.considered(tile_choices(sizes, g.get_dtype(), device, precision))
     # One buffer takes the segments of whichever tiles are chosen, so that all have as many as the best by the formula.
     segments = choices[0].tiles.SPLIT

@@ -25,6 +25,7 @@ Legend: B samples, T positions, d columns, V rows of the table.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -69,6 +70,7 @@ class RangeTiles:
         return {name: value for name, value in asdict(self).items() if name.isupper()}
 
 
+@functools.lru_cache(maxsize=4096)
 def range_tiles(batch: int, length: int, d: int, dtype: torch.dtype, device: Device) -> RangeTiles:
     """256 bytes of a row at a time, two cache lines; ranges until each multiprocessor has two items, of four blocks or more.
 

@@ -157,7 +157,7 @@ def _add_noise_cpu(value: Tensor, keys: Tensor, std: Tensor, row: int, dtype: to
         return reference_add_noise(value, keys, std, row, dtype)
     if value.dtype not in TYPE_CODES:
         value = value.float()
-    out = torch.empty(value.shape, dtype=dtype if dtype in TYPE_CODES else torch.float32)
+    out = torch.empty(value.shape, dtype=dtype if dtype in TYPE_CODES else torch.float32, device="cpu")
     _launch(out, value.contiguous(), keys if keys.stride(1) == 1 else keys.contiguous(), scale, row)
     return out.to(dtype)
 

@@ -297,7 +297,7 @@ def _lower(g: Any, a: Any, max_norm: Any, scale: Any, stability: float | None = 
     device, layouts = lowering.device_for_nodes(g, a)
     precision = matmul_precision(dtype)
     fixed = all(isinstance(size, int) or size.is_number for size in (p, d))
-    sizes = [max(1, lowering.hint(size)) for size in (batch, length, p, d)]
+    sizes = tuple(lowering.hints(batch, length, p, d))
     tiles = one_launch(sizes, dtype, device, precision) if fixed else None
     if tiles is None:
         norms_sq = lowerings[torch.ops.flashnorm.flash_norm.default](g, a)

@@ -24,6 +24,7 @@ Legend: B samples, T looked-up positions, S positions of the head (T and S are m
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict
 from typing import Any
 
@@ -57,6 +58,7 @@ _CPU_CHUNK = 1 << 22  # elements of float64 products that the ATen form holds at
 _CPU_ROWS = 256
 
 
+@functools.lru_cache(maxsize=4096)
 def cross_choices(batch: int, length: int, d: int, dtype: torch.dtype, device: Device, precision: str) -> list[PairTiles]:
     """The tiles of ``ghost_norm`` up to 64: the gathered elements' addresses take twice the registers of an accumulator."""
     return [tiles for tiles in pair_choices(batch, length, d, dtype, device, precision) if tiles.BLOCK <= 64]

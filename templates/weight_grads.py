@@ -270,7 +270,7 @@ def _lower(g: Any, a: Any, store_dtype: torch.dtype | None = None) -> Any:
         return None
     device, layouts = lowering.device_for_nodes(g, a)
     precision = matmul_precision(g.get_dtype())
-    sizes = [max(1, lowering.hint(size)) for size in (batch, length, p, d)]
+    sizes = tuple(lowering.hints(batch, length, p, d))
     choices = lowering.considered(tile_choices(sizes, g.get_dtype(), device, precision, store))
     smallest = min(choices, key=lambda tiles: tiles.BLOCK_P * tiles.BLOCK_D)
     slots = CeilDiv(p, smallest.BLOCK_P) * CeilDiv(d, smallest.BLOCK_D)

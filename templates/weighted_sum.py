@@ -46,7 +46,7 @@ def weighted_sum_aten(w_bn: Tensor, factors_b: Tensor) -> Tensor:
     if w_bn.device.type != "cpu":
         factors = factors_b.to(wide).view(-1, *[1] * (w_bn.dim() - 1))
         return torch.where(factors != 0, w_bn * factors, 0).sum(0, dtype=wide)
-    total = torch.zeros(w_bn.shape[1:], dtype=wide)
+    total = torch.zeros(w_bn.shape[1:], dtype=wide, device="cpu")
     # A view where strides allow it; else one copy of a sample at a time.
     pairs = [(w.reshape(-1), factor) for w, factor in zip(w_bn, factors_b.tolist(), strict=True) if factor != 0]
     flat = total.view(-1)
@@ -75,7 +75,7 @@ def weighted_sum_noise_cpu(
     noise.check_arguments(w_bn, keys, std, row)
     kernels = noise_kernels()
     dtype = dtype or torch.promote_types(w_bn.dtype, torch.float32)
-    out = torch.empty(w_bn.shape[1:], dtype=dtype if dtype in TYPE_CODES else torch.float32)
+    out = torch.empty(w_bn.shape[1:], dtype=dtype if dtype in TYPE_CODES else torch.float32, device="cpu")
     if kernels is None or w_bn.dtype not in TYPE_CODES or keys.stride(1) != 1 or w_bn.stride()[1:] != out.stride():
         return weighted_sum_noise_aten(w_bn, factors_b, keys, std, row, dtype)
     words, factors = noise.words_of(keys, row), factors_b.contiguous()

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 BACKEND = os.environ.get("FLASHNORM_TEST_BACKEND", "flashnorm_eager")
+DEVICE = os.environ.get("FLASHNORM_TEST_DEVICE", "cpu")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -45,6 +46,17 @@ def _fresh_start() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _device() -> Iterator[None]:
+    """With FLASHNORM_TEST_DEVICE=cuda, say, models and batches are made on that device."""
+    if DEVICE == "cpu":
+        yield
+        return
+    torch.set_default_device(DEVICE)
+    yield
+    torch.set_default_device(None)
 
 
 @pytest.fixture(autouse=True)

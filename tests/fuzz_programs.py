@@ -442,7 +442,7 @@ class ProgramModule(nn.Module):
         for p in program.params:
             if not hasattr(self, f"layer{p.layer}"):
                 self.add_module(f"layer{p.layer}", nn.Module())
-            value = 0.7 * torch.randn(p.shape, generator=generator, dtype=torch.float32)
+            value = 0.7 * normal(p.shape, generator)
             owner = self.get_submodule(f"layer{p.layer}")
             owner.register_parameter(p.name, nn.Parameter(value.to(dtype), requires_grad=not p.frozen))
         self.register_buffer("stat", torch.zeros((), dtype=dtype))
@@ -485,17 +485,22 @@ def make_inputs(program: Program, dtype: torch.dtype = torch.float32, seed: int 
     for spec in program.inputs:
         shape = _sizes(spec.dims, program.batch)
         if not spec.bound:
-            made[spec.name] = torch.randn(shape, generator=generator).to(dtype)
+            made[spec.name] = normal(shape, generator).to(dtype)
             if program.poisoned and spec.sample_dim is not None:
                 made[spec.name][(0,) * len(shape)] = math.nan
             continue
-        value = torch.randint(spec.bound, shape, generator=generator)
+        value = torch.randint(spec.bound, shape, generator=generator, device="cpu")
         if spec.ignored:
-            drop = torch.rand(shape, generator=generator) < 0.4
+            drop = torch.rand(shape, generator=generator, device="cpu") < 0.4
             drop[tuple(slice(None) if isinstance(d, Batch) else 0 for d in spec.dims)] = False
             value = value.masked_fill(drop, IGNORED)
-        made[spec.name] = value
+        made[spec.name] = value.to(torch.get_default_device())
     return made
+
+
+def normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """float32, the same numbers on every device."""
+    return torch.randn(shape, generator=generator, device="cpu").to(torch.get_default_device())
 
 
 # --- the generator --------------------------------------------------------------------------------------------------

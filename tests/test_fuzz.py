@@ -18,7 +18,7 @@ import fuzz_programs
 import pytest
 import torch
 from flashnorm_compile.passes.errors import PrivacyError
-from fuzz_programs import B, Batch, Input, Param, Program, ProgramModule, loss_of, make_inputs, programs, step
+from fuzz_programs import B, Batch, Input, Param, Program, ProgramModule, loss_of, make_inputs, normal, programs, step
 from hypothesis import HealthCheck, Phase, given, reject, settings
 from torch import Tensor
 
@@ -66,7 +66,7 @@ def _jittered(program: Program, dtype: torch.dtype, seed: int | None) -> tuple[P
         floats = [v for v in (*model.parameters(), *inputs.values()) if v.is_floating_point()]
         with torch.no_grad():
             for value in floats:
-                value.add_(JITTER * torch.randn(value.shape, generator=generator, dtype=value.dtype))
+                value.add_(JITTER * normal(value.shape, generator).to(value.dtype))
     return model, inputs
 
 

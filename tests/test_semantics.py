@@ -133,3 +133,24 @@ def test_own_operators_need_a_rule(backend: str) -> None:
         flashnorm_compile.register_rule(ops[0], "batched")
     with pytest.raises(ValueError, match="treatment"):
         flashnorm_compile.register_rule(ops[1], "magic")
+
+
+def test_a_default_device_does_not_reach_into_private_steps(backend: str) -> None:
+    """What belongs on the CPU is made there, whatever device a program makes its own tensors on."""
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        return torch.tanh(model(x)).square().mean()
+
+    model, x = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2)), torch.randn(4, 3)
+    want = clipped_mean(model, loss, x, 0.1)
+    settings = {"max_grad_norm": 0.1, "noise_multiplier": 0.0}
+    with torch.device("meta"):
+        torch.compile(lambda batch: loss(model, batch), backend=backend, options=settings)(x).backward()
+        flashnorm_compile.privacy(model).noise_multiplier = 1.0
+        torch.compile(lambda batch: loss(model, batch), backend=backend, options=settings)(x).backward()
+    assert all((p.grad - want[name]).norm() > 0.01 for name, p in model.named_parameters())
+    model.zero_grad()
+    flashnorm_compile.privacy(model).noise_multiplier = 0.0
+    torch.compile(lambda batch: loss(model, batch), backend=backend, options=settings)(x).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, want[name], rtol=1e-5, atol=1e-7)

@@ -93,6 +93,8 @@ def pretended_device(name: str = "H200", count: int = 1) -> Iterator[types.Simpl
     with contextlib.ExitStack() as stack:
         for attribute, value in _cuda_module(properties, count).items():
             stack.enter_context(mock.patch.object(torch.cuda, attribute, value))
+        # Dynamo would ask a CUDA build for the current stream of the device.
+        stack.enter_context(mock.patch.object(torch.accelerator, "is_available", return_value=False))
         stack.enter_context(mock.patch.object(torch._C, "_cuda_getCurrentRawStream", create=True, return_value=0))
         stack.enter_context(mock.patch.object(torch._utils_internal, "max_clock_rate", return_value=properties.clock_rate // 1000))
         stack.enter_context(mock.patch.dict(device_interface.device_interfaces, {"cuda": _interface(properties)}))

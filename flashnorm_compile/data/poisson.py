@@ -82,7 +82,9 @@ class PoissonSampler(Sampler[list[int]]):
         for start in range(0, self.dataset_size, _CHUNK):
             count = min(_CHUNK, self.dataset_size - start)
             uniform = self._uniform(number, start, count)
-            inside = torch.arange(count) if self._threshold >= 2**63 else (uniform < self._threshold).nonzero().squeeze(1)
+            inside = (
+                torch.arange(count, device="cpu") if self._threshold >= 2**63 else (uniform < self._threshold).nonzero().squeeze(1)
+            )
             found.append(inside + start)
             keys.append(uniform[inside])
         records = torch.cat(found)

@@ -34,10 +34,10 @@ class Team:
             _made[self.ranks] += 1
             self._group = _compat.gloo_group(f"flashnorm team {self.ranks}, {_made[self.ranks]}", self.ranks, TIMEOUT)
         told = torch.frombuffer(bytearray(pickle.dumps(mine)), dtype=torch.uint8)
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in self.ranks]
-        self._group.allgather([sizes], [torch.tensor([len(told)])]).wait()
+        sizes = [torch.zeros(1, dtype=torch.int64, device="cpu") for _ in self.ranks]
+        self._group.allgather([sizes], [torch.tensor([len(told)], device="cpu")]).wait()
         longest = int(max(sizes))
-        everybodys = [torch.zeros(longest, dtype=torch.uint8) for _ in self.ranks]
+        everybodys = [torch.zeros(longest, dtype=torch.uint8, device="cpu") for _ in self.ranks]
         self._group.allgather([everybodys], [torch.nn.functional.pad(told, (0, longest - len(told)))]).wait()
         return [pickle.loads(one[: int(size)].numpy().tobytes()) for one, size in zip(everybodys, sizes, strict=True)]
 

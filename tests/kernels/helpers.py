@@ -59,6 +59,14 @@ def operand(sizes: Sequence[int], dtype: torch.dtype, form: str) -> Tensor:
     return view
 
 
+def on_device(x_btw: Tensor) -> Tensor:
+    """The same values and strides on a GPU, inside of a block of NaN as well."""
+    own = x_btw if x_btw.stride(0) else x_btw[:1]
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(own.shape, own.stride(), strict=True)) if own.numel() else 0
+    block = torch.full((extent + 64,), float("nan"), dtype=x_btw.dtype, device="cuda")
+    return block.as_strided(own.shape, own.stride()).copy_(own).expand(x_btw.shape)
+
+
 def poisoned(*sizes: int) -> Tensor:
     return torch.full(sizes, float("nan"))
 

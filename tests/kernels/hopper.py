@@ -144,6 +144,8 @@ def hopper() -> Iterator[Output]:
     with contextlib.ExitStack() as stack:
         stack.callback(_forget_devices)
         stack.enter_context(mock.patch.multiple(torch.cuda, **_FAKE_CUDA))
+        # Dynamo would ask a CUDA build for the current stream of the device.
+        stack.enter_context(mock.patch.object(torch.accelerator, "is_available", return_value=False))
         stack.enter_context(mock.patch.object(torch._C, "_cuda_getCurrentRawStream", return_value=0, create=True))
         stack.enter_context(mock.patch.dict(device_interface.device_interfaces, {"cuda": _Interface}))
         stack.enter_context(mock.patch.object(async_compile.AsyncCompile, "triton", on_triton))

@@ -7,7 +7,7 @@ import torch
 from flashnorm_compile.templates import embedding_norm, tied_cross_term
 from flashnorm_compile.templates import flash_norm as _flash  # noqa: F401  (registers the operator)
 from flashnorm_compile.templates import ghost_norm as _ghost  # noqa: F401  (registers the operator)
-from helpers import FORMS, operand
+from helpers import FORMS, on_device, operand
 
 pytestmark = pytest.mark.cuda
 ops = torch.ops.flashnorm
@@ -22,12 +22,11 @@ def test_norms_of_products(shape: tuple[int, int, int, int], dtype: torch.dtype,
     batch, length, p, d = shape
     g, a = operand((batch, length, p), dtype, form), operand((batch, length, d), dtype, form)
     exact = torch.einsum("btp,btd->bpd", g.double(), a.double()).square().sum((1, 2))
-    strides = [x.stride() if form == "transposed" else x.contiguous().stride() for x in (g, a)]
-    on_device = [torch.empty_strided(x.shape, s, dtype=dtype, device="cuda").copy_(x) for x, s in zip((g, a), strides, strict=True)]
+    operands = on_device(g), on_device(a)
     for operator in (ops.flash_norm, ops.ghost_norm):
-        norms = (torch.compile(operator) if compiled else operator)(*on_device)
+        norms = (torch.compile(operator) if compiled else operator)(*operands)
         torch.testing.assert_close(norms.cpu().double(), exact, rtol=1e-3 if operator is ops.ghost_norm else 1e-4, atol=0)
-        assert torch.equal(norms, (torch.compile(operator) if compiled else operator)(*on_device)), "the same twice"
+        assert torch.equal(norms, (torch.compile(operator) if compiled else operator)(*operands)), "the same twice"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
