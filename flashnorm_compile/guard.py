@@ -270,12 +270,14 @@ def _refusal(optimizer: Optimizer, refused: list[tuple[str, str]]) -> str:
 
 def _version(tensor: Tensor) -> int:
     """Counts the writes to a tensor; those to this rank's part of a DTensor too."""
+    if type(tensor) is Tensor:
+        return tensor._version
     return tensor._version + (tensor._local_tensor._version if isinstance(tensor, DTensor) else 0)
 
 
 def _place(tensor: Tensor) -> tuple[int, int] | None:
     """Where a dense tensor (of a DTensor, this rank's part) lies, and its version. None for sparse and other wrapper tensors."""
-    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    local = tensor._local_tensor if type(tensor) is not Tensor and isinstance(tensor, DTensor) else tensor
     try:
         address = local.data_ptr()
     except RuntimeError:  # sparse

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -100,16 +102,16 @@ def weighted_sums_noise_kernel(
 
 def squared_norms(grads: Sequence[Tensor], chunk: int, block: int = 1024) -> Tensor:
     """float32 [K, B], in one launch; all gradients contiguous. ``chunk`` elements are added by one program."""
-    sizes = tuple(grad[0].numel() if len(grad) else 0 for grad in grads)
-    starts, batch, device = tiles_of(sizes, chunk), grads[0].shape[0], grads[0].device
-    slots = max(1, *(ceil_div(size, chunk) for size in sizes)) if sizes else 1
+    shapes, batch, device = _shapes(grads), grads[0].shape[0], grads[0].device
+    sizes, starts, even = _table(shapes, chunk)
+    slots = max(1, *(ceil_div(size, chunk) for size in sizes))
     out = torch.zeros((len(sizes), batch), dtype=torch.float32, device=device)
     partials = torch.empty((len(sizes), batch, slots), dtype=torch.float32, device=device)
     counters = torch.zeros((len(sizes), batch), dtype=torch.int32, device=device)
     if batch * starts[-1]:
         squared_norms_kernel[(min(batch * starts[-1], programs_of(device)),)](
-            tuple(grads), out, partials, counters, batch, slots, STARTS=starts, SIZES=sizes, ROWS=tuple(range(len(sizes))),
-            COUNT=len(sizes), CHUNK=chunk, BLOCK=block, EVEN=is_even(*grads), num_warps=WARPS,
+            tuple(grads), out, partials, counters, batch, slots, STARTS=starts, SIZES=sizes, ROWS=_numbers(len(sizes)),
+            COUNT=len(sizes), CHUNK=chunk, BLOCK=block, EVEN=even and _aligned(grads), num_warps=WARPS,
         )  # fmt: skip
     return out
 
@@ -119,16 +121,36 @@ def weighted_sums_noise(
     tile: NoiseTile = TILE, generator: str = PHILOX.value,
 ) -> list[Tensor]:  # fmt: skip
     """``flashnorm::weighted_sums_noise`` in one launch; all gradients contiguous."""
-    outs = [torch.empty(grad.shape[1:], dtype=dtype, device=grad.device) for grad in grads]
-    sizes = tuple(out.numel() for out in outs)
-    starts = tiles_of(sizes, 4 * tile.counters)
+    shapes, device = _shapes(grads), factors.device
+    sizes, starts, even = _table(shapes, 4 * tile.counters)
+    outs = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
     if starts[-1]:
-        weighted_sums_noise_kernel[(min(starts[-1], programs_of(factors.device)),)](
+        weighted_sums_noise_kernel[(min(starts[-1], programs_of(device)),)](
             tuple(outs), tuple(grads), factors, keys, std, *factors.stride(), *keys.stride(), grads[0].shape[0],
-            STARTS=starts, SIZES=sizes, ROWS=tuple(rows), COUNT=len(outs), EVEN=is_even(*grads),
+            STARTS=starts, SIZES=sizes, ROWS=tuple(rows), COUNT=len(outs), EVEN=even and _aligned(grads),
             PARTS=keys.shape[1] == 5, COUNTERS=tile.counters, GENERATOR=generator, num_warps=WARPS,
         )  # fmt: skip
     return outs
+
+
+def _shapes(grads: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
+    """Those of one sample's gradients."""
+    return tuple([grad.shape[1:] for grad in grads])
+
+
+@functools.lru_cache(maxsize=4096)
+def _table(shapes: tuple[tuple[int, ...], ...], tile: int) -> tuple[tuple[int, ...], tuple[int, ...], bool]:
+    """Sizes, where each gradient's tiles begin and how many there are, and whether all sizes are multiples of 16.
+
+    A step calls with the same shapes as the step before it, and every call is time in which the device may wait.
+    """
+    sizes = tuple(math.prod(shape) for shape in shapes)
+    return sizes, tiles_of(sizes, tile), all(size % 16 == 0 for size in sizes)
+
+
+@functools.cache
+def _numbers(count: int) -> tuple[int, ...]:
+    return tuple(range(count))
 
 
 def tiles_of(sizes: Sequence[int], tile: int) -> tuple[int, ...]:
@@ -139,6 +161,6 @@ def tiles_of(sizes: Sequence[int], tile: int) -> tuple[int, ...]:
     return tuple(starts)
 
 
-def is_even(*tensors: Tensor) -> bool:
-    """Whether vector loads of 16 bytes fit every sample of every tensor."""
-    return all(x.data_ptr() % 16 == 0 and x[0].numel() % 16 == 0 for x in tensors if len(x))
+def _aligned(tensors: Sequence[Tensor]) -> bool:
+    """Whether loads of 16 bytes fit the first element of every tensor."""
+    return not any([tensor.data_ptr() % 16 for tensor in tensors])
