@@ -201,6 +201,20 @@ def _fitting(stride: tl.tensor, size: tl.tensor) -> tl.tensor:
 
 
 @jit
+def tile_corner(tile: tl.tensor, p: tl.tensor, d: tl.tensor, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr) -> tl.tensor:
+    """(first row, first column) of a weight's ``tile``; a number beyond its tiles gives any.
+
+    Eight rows of tiles are walked column by column. The tiles that run together then read about as many columns of one operand as
+    of the other; row by row they would read all of a wide one, again for each column of tiles, and it does not fit into L2.
+    """
+    tiles_p, tiles_d = tl.cdiv(p, BLOCK_P), tl.cdiv(d, BLOCK_D)
+    band = tile // (8 * tiles_d)
+    within = tile % (8 * tiles_d)
+    rows = tl.maximum(tl.minimum(tiles_p - band * 8, 8), 1)
+    return (band * 8 + within % rows) * BLOCK_P, (within // rows) * BLOCK_D
+
+
+@jit
 def load_tile(
     operand: tl.tensor,
     b: tl.tensor,

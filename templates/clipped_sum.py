@@ -51,6 +51,7 @@ from ._triton import (
     load_tile,
     matmul_precision,
     open_operand,
+    tile_corner,
     tl,
 )
 
@@ -87,11 +88,9 @@ def clipped_sum_tile(
 
     ``total``: float32 [BLOCK_P, BLOCK_D], the segment's share of the sum.
     """
-    tiles_p = tl.cdiv(p, BLOCK_P)
-    tiles = tiles_p * tl.cdiv(d, BLOCK_D)
+    tiles = tl.cdiv(p, BLOCK_P) * tl.cdiv(d, BLOCK_D)
     segment = item // tiles
-    column_p = (item % tiles % tiles_p) * BLOCK_P
-    column_d = (item % tiles // tiles_p) * BLOCK_D
+    column_p, column_d = tile_corner(item % tiles, p, d, BLOCK_P, BLOCK_D)
     total = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
     if ROWS:
         rows_in_all = batch * length

@@ -42,6 +42,7 @@ from ._triton import (
     load_tile,
     matmul_precision,
     open_operand,
+    tile_corner,
     tl,
 )
 
@@ -78,13 +79,11 @@ def flash_norm_item(
     Programs that run together therefore read the same positions of the same sample, which L2 then holds once. There may be more
     ``slots`` than tiles: the others get 0.
     """
-    tiles_p = tl.cdiv(p, BLOCK_P)
-    tiles = tiles_p * tl.cdiv(d, BLOCK_D)
+    tiles = tl.cdiv(p, BLOCK_P) * tl.cdiv(d, BLOCK_D)
     tile = item % slots
     segment = (item // slots) % SPLIT
     b = item // (slots * SPLIT)
-    column_p = (tile % tiles_p) * BLOCK_P
-    column_d = (tile // tiles_p) * BLOCK_D
+    column_p, column_d = tile_corner(tile, p, d, BLOCK_P, BLOCK_D)
 
     blocks = tl.cdiv(length, BLOCK_T)
     blocks_each = tl.cdiv(blocks, SPLIT)

@@ -163,4 +163,4 @@ def tiles_of(sizes: Sequence[int], tile: int) -> tuple[int, ...]:
 
 def _aligned(tensors: Sequence[Tensor]) -> bool:
     """Whether loads of 16 bytes fit the first element of every tensor."""
-    return not any([tensor.data_ptr() % 16 for tensor in tensors])
+    return not any(tensor.data_ptr() % 16 for tensor in tensors)

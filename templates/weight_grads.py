@@ -47,6 +47,7 @@ from ._triton import (
     load_tile,
     matmul_precision,
     open_operand,
+    tile_corner,
     tl,
 )
 from ._weight_tiles import Tiles, tile_choices
@@ -82,12 +83,10 @@ def weight_grad_tile(
 
     ``product``: STORED [BLOCK_P, BLOCK_D], 0 outside the weight.
     """
-    tiles_p = tl.cdiv(p, BLOCK_P)
-    tiles = tiles_p * tl.cdiv(d, BLOCK_D)
+    tiles = tl.cdiv(p, BLOCK_P) * tl.cdiv(d, BLOCK_D)
     b = item // tiles
     tile = item % tiles
-    column_p = (tile % tiles_p) * BLOCK_P
-    column_d = (tile // tiles_p) * BLOCK_D
+    column_p, column_d = tile_corner(tile, p, d, BLOCK_P, BLOCK_D)
     product = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
     for t in tl.range(0, length, BLOCK_T):
         # [BLOCK_T, BLOCK_P] and [BLOCK_T, BLOCK_D]
