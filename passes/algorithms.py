@@ -237,8 +237,8 @@ def _dense(plan: ParameterPlan, values: Values, sizes: Sizes) -> Tensor:
     return tail_per_sample(gradient.tail, gradient.uses, values, sizes, gradient.node)  # type: ignore[arg-type]
 
 
-def _products(plan: ParameterPlan, values: Values, sizes: Sizes) -> tuple[Tensor, Tensor]:
-    """[B, *parameter] and its squared norms [B], from one kernel, in the type that the graph's own product has."""
+def _products(plan: ParameterPlan, values: Values, sizes: Sizes) -> tuple[Tensor, Tensor | None]:
+    """[B, *parameter] in the type that the graph's own product has, and its squared norms [B] if the same kernel gives them."""
     gradient, first = plan.gradient, plan.factors[0]
     dtype = first.use.node.meta["val"].dtype
     grads, norms_sq = kernels.products([outer_values(factor, values, sizes) for factor in plan.factors], dtype)

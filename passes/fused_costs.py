@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import sympy
 
 from .costs import WIDE, ZERO, Cost, Kernel, Product
+from .kernels import by_library
 from .sample_types import Expr
 
 # Positions of a tile of the ghost norm: tiles on the diagonal are computed whole.
@@ -62,9 +63,11 @@ def released_from_store(target: Target) -> Kernel:
 
 
 def materialized_product(product: Product, target: Target) -> Cost:
-    """Gradients with their squares from one kernel; the squares of its tiles are added in another."""
+    """Gradients with their squares from one kernel, and the squares of its tiles added in another; of long samples from the
+    library, and one look at them for their norms."""
     made = Kernel(product.summed().flops, product.operands + target.stored, product.dtype)
-    return Cost((made, Kernel(), released_from_store(target)), (product.summed(),), target.stored)
+    norms = Kernel(traffic=target.stored, launches=ZERO) if by_library(product.length) else Kernel()
+    return Cost((made, norms, released_from_store(target)), (product.summed(),), target.stored)
 
 
 def materialized_convolution(product: Product, target: Target) -> Cost:

@@ -9,10 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import TypeVar
 
+import sympy
 import torch
 from torch import Tensor
 
-from ..templates import clipped_sum, embedding_norm, ghost_norm, many_gradients, tied_cross_term, weight_grads  # noqa: F401
+from ..templates import (  # noqa: F401 - the operators
+    clipped_sum,
+    embedding_norm,
+    ghost_norm,
+    many_gradients,
+    sample_products,
+    tied_cross_term,
+    weight_grads,
+)
 from .factors import CANCELLED, Outer, Rows, reach_of, reach_of_rows, wide
 
 ops = torch.ops.flashnorm
@@ -51,9 +60,19 @@ def squared_products(terms: list[Outer]) -> Tensor:
     return torch.maximum(ops.flash_norm(g, a), (CANCELLED * reach_of(Outer(g, a))).square().float())
 
 
-def products(terms: list[Outer], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Every sample's sum of products [B, p, d] in ``dtype``, and the squared norms of what is stored, float32 [B]."""
-    return ops.weight_grads(*_joined(terms), dtype)
+def products(terms: list[Outer], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Every sample's sum of products [B, p, d] in ``dtype``, and the squared norms of what is stored, float32 [B], if the same
+    kernel gives them."""
+    g, a = _joined(terms)
+    if g.dtype == dtype and by_library(g.shape[1]):
+        return ops.sample_products(g, a), None
+    return ops.weight_grads(g, a, dtype)  # type: ignore[no-any-return]
+
+
+def by_library(positions: object) -> bool:
+    """Whether gradients of samples this long come from the device's library; a length that is not fixed counts as long."""
+    fixed = int(positions) if isinstance(positions, (int, sympy.Integer)) else None
+    return fixed is None or fixed >= sample_products.FROM_POSITIONS
 
 
 def _joined(terms: list[Outer]) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch._inductor import ir
 from torch._inductor.codegen.common import WorkspaceArg, WorkspaceZeroMode
+from torch._inductor.kernel.bmm import aten_bmm
 from torch._inductor.select_algorithm import autotune_select_algorithm
 from torch._inductor.virtualized import V
 
@@ -14,6 +16,12 @@ def select_choice(name: str, choices: list[Any], inputs: Sequence[Any], layout: 
     """The node of the chosen kernel. Newer versions return the choice beside it."""
     found = autotune_select_algorithm(name, choices, list(inputs), layout)
     return found[0] if isinstance(found, tuple) else found
+
+
+def library_bmm(left: Any, right: Any, layout: Any) -> Any:
+    """The node of the library's batched product of two nodes, of which neither is copied for it where its strides will do."""
+    inputs = [ir.ExternKernel.realize_input(operand) for operand in (left, right)]
+    return aten_bmm.bind(tuple(inputs), layout).output_node()
 
 
 def zeroed_workspace(words: Any, device: Any, dtype: Any) -> WorkspaceArg:

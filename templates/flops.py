@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from . import clipped_sum, convolution, flash_norm, ghost_norm, per_layer, tied_cross_term, weight_grads  # noqa: F401 - the operators
+from . import clipped_sum, convolution, flash_norm, ghost_norm, per_layer, sample_products, tied_cross_term, weight_grads  # noqa: F401 - the operators
 
 Shape = tuple[int, ...]
 
@@ -50,6 +50,7 @@ FORMULAS: Mapping[str, Callable[..., int]] = {
     "flash_norm": _weight_gradient,
     "ghost_norm": _ghost,
     "weight_grads": _weight_gradient,
+    "sample_products": _weight_gradient,
     "clipped_sum": _weight_gradient,
     "per_layer": _norm_and_sum,
     "conv_weight_grads": _conv_weight_grads,

@@ -18,6 +18,7 @@ import torch
 from flashnorm_compile.passes import _compat, fused_costs, kernels, memory, plan, private_pass, saved
 from flashnorm_compile.passes.costs import Product
 from flashnorm_compile.passes.peaks import DATASHEETS
+from flashnorm_compile.templates import sample_products
 from models.zoo import ZOO
 from oracle import assert_agree, case_gradients, check, clip, gradients_of, halving_options
 from torch import Tensor, fx, nn
@@ -100,6 +101,10 @@ def sequences(batch: int = 3) -> Tensor:
     return torch.randn(batch, 7, 6)
 
 
+def long_sequences() -> Tensor:
+    return torch.randn(3, sample_products.FROM_POSITIONS, 6)
+
+
 def tokens() -> Tensor:
     return torch.randint(11, (3, 7))
 
@@ -128,6 +133,7 @@ def ours(graph: fx.Graph) -> Counter[str]:
 
 BECOMES = {
     ("product", "materialize"): {"weight_grads": 1, "weighted_sums_noise": 1},
+    ("long product", "materialize"): {"sample_products": 1, "squared_norms": 1, "weighted_sums_noise": 1},
     ("product", "ghost"): {"ghost_norm": 1, "clipped_sum": 1, "weighted_sums_noise": 1},
     ("product", "flash"): {"flash_norm": 1, "clipped_sum": 1, "weighted_sums_noise": 1},
     ("twice", "materialize"): {"weight_grads": 1, "weighted_sums_noise": 1},
@@ -135,7 +141,13 @@ BECOMES = {
     ("lookup", "ghost"): {"embedding_norm": 1, "weighted_sums_noise": 1},
     ("tied", "ghost"): {"ghost_norm": 1, "embedding_norm": 1, "tied_cross_term": 1, "clipped_sum": 1, "weighted_sums_noise": 1},
 }
-MODELS = {"product": (product, sequences), "twice": (Twice, sequences), "lookup": (Lookup, tokens), "tied": (Tied, tokens)}
+MODELS = {
+    "product": (product, sequences),
+    "long product": (product, long_sequences),
+    "twice": (Twice, sequences),
+    "lookup": (Lookup, tokens),
+    "tied": (Tied, tokens),
+}
 
 
 @pytest.mark.usefixtures("_operators")
@@ -264,16 +276,25 @@ def seconds_on_h200(batch: int, length: int, p: int, d: int) -> dict[str, float]
 
 
 def test_costs_of_stored_gradients_are_counted_by_hand() -> None:
-    """A Llama projection: making the gradients is as fast as the product that they replace; then they are read once."""
+    """A Llama projection: making the gradients is as fast as the product that they replace; then they are read twice, for their
+    norms and for their sum."""
     product = Product(*map(sympy.Integer, (4, 2048, 8192, 2048)), torch.bfloat16)
     target = fused_costs.Target(sympy.Integer(4), sympy.Integer(8192 * 2048), 2)
     cost = fused_costs.materialized_product(product, target)
     weight = 8192 * 2048 * 2
     assert cost.flops == 0
     assert cost.held == 4 * weight
-    assert cost.traffic == 4 * weight + 5 * weight - weight  # written, read and released, less what the plain product writes
-    released = 1e6 * 5 * weight / (4.8e12 * 0.85)
-    assert seconds_on_h200(4, 2048, 8192, 2048)["materialize"] == pytest.approx(released + 3, rel=0.01)
+    # Written, read for the norms, read and released, less what the plain product writes.
+    assert cost.traffic == 4 * weight + 4 * weight + 5 * weight - weight
+    read = 1e6 * 9 * weight / (4.8e12 * 0.85)
+    assert seconds_on_h200(4, 2048, 8192, 2048)["materialize"] == pytest.approx(read, rel=0.01)
+
+
+def test_short_samples_are_squared_by_the_kernel_that_makes_them() -> None:
+    product = Product(*map(sympy.Integer, (64, 197, 768, 768)), torch.bfloat16)
+    target = fused_costs.Target(sympy.Integer(64), sympy.Integer(768 * 768), 2)
+    weight = 768 * 768 * 2
+    assert fused_costs.materialized_product(product, target).traffic == 64 * weight + 65 * weight - weight
 
 
 @pytest.mark.parametrize(
