@@ -14,12 +14,21 @@ PHILOX = tl.constexpr("philox4x32-10")
 
 @triton.jit
 def random_words(key: tl.tensor, stream: tl.tensor, counter: tl.tensor, GENERATOR: tl.constexpr) -> tuple:
-    """Four blocks of uint32 words for each int64 ``counter`` under a 64-bit key and stream."""
+    """Four blocks of uint32 words for each int64 ``counter`` under a 64-bit key and stream.
+
+    ``tl.philox`` draws the same words, with two multiplications, a slow high half among them, where one of 64 bits does.
+    """
     tl.static_assert(GENERATOR == PHILOX, "unknown generator")
-    low = counter.to(tl.uint32)
-    high = (counter >> 32).to(tl.uint32)
-    zero = low * 0
-    return tl.philox(key, low, high, zero + stream.to(tl.uint32), zero + (stream >> 32).to(tl.uint32), 10)
+    x0, x1 = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
+    x2, x3 = x0 * 0 + stream.to(tl.uint32), x0 * 0 + (stream >> 32).to(tl.uint32)
+    k0, k1 = key.to(tl.uint32), (key >> 32).to(tl.uint32)
+    for _ in tl.static_range(10):
+        p0, p1 = x0.to(tl.uint64) * 0xD2511F53, x2.to(tl.uint64) * 0xCD9E8D57
+        x0, x1 = (p1 >> 32).to(tl.uint32) ^ x1 ^ k0, p1.to(tl.uint32)
+        x2, x3 = (p0 >> 32).to(tl.uint32) ^ x3 ^ k1, p0.to(tl.uint32)
+        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
+        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+    return x0, x1, x2, x3
 
 
 @triton.jit
@@ -54,16 +63,49 @@ def box_muller(a: tl.tensor, b: tl.tensor) -> tuple:
 
 
 @triton.jit
-def normals(
-    key: tl.tensor, stream: tl.tensor, first_counter: tl.tensor, COUNTERS: tl.constexpr, GENERATOR: tl.constexpr
-) -> tl.tensor:
-    """float32 [4 * COUNTERS]: z of elements 4 * first_counter and on, in their order."""
-    counter = first_counter + tl.arange(0, COUNTERS).to(tl.int64)
+def _four(key: tl.tensor, stream: tl.tensor, counter: tl.tensor, GENERATOR: tl.constexpr) -> tuple:
+    """z of the four elements of each counter."""
     a, b, c, d = random_words(key, stream, counter, GENERATOR)
     z0, z1 = box_muller(a, b)
     z2, z3 = box_muller(c, d)
-    # [COUNTERS, pair, half of the pair]
-    return tl.join(tl.join(z0, z2), tl.join(z1, z3)).reshape(4 * COUNTERS)
+    return z0, z1, z2, z3
+
+
+@triton.jit
+def _four_each(key: tl.tensor, stream: tl.tensor, counter: tl.tensor, GENERATOR: tl.constexpr) -> tl.tensor:
+    """float32 [4 * counters]: a thread holds four neighbours, as many float32 as one load takes."""
+    z0, z1, z2, z3 = _four(key, stream, counter, GENERATOR)
+    # [counter, pair, half of the pair]
+    return tl.join(tl.join(z0, z2), tl.join(z1, z3)).reshape(4 * counter.shape[0])
+
+
+@triton.jit
+def _eight_each(key: tl.tensor, stream: tl.tensor, even: tl.tensor, odd: tl.tensor, GENERATOR: tl.constexpr) -> tl.tensor:
+    """float32 [8 * counters]: a thread holds eight neighbours, so that loads of eight 16-bit values need no exchange of threads."""
+    z0, z1, z2, z3 = _four(key, stream, even, GENERATOR)
+    z4, z5, z6, z7 = _four(key, stream, odd, GENERATOR)
+    # [two counters, counter, pair, half of the pair]
+    first = tl.join(tl.join(z0, z4), tl.join(z2, z6))
+    second = tl.join(tl.join(z1, z5), tl.join(z3, z7))
+    return tl.join(first, second).reshape(8 * even.shape[0])
+
+
+@triton.jit
+def normals(
+    key: tl.tensor,
+    stream: tl.tensor,
+    first_counter: tl.tensor,
+    COUNTERS: tl.constexpr,
+    EIGHT: tl.constexpr,
+    GENERATOR: tl.constexpr,
+) -> tl.tensor:
+    """float32 [4 * COUNTERS]: z of elements 4 * first_counter and on, in their order. ``EIGHT``: of 16-bit values."""
+    if EIGHT:
+        even = first_counter + 2 * tl.arange(0, COUNTERS // 2)
+        z = _eight_each(key, stream, even, even + 1, GENERATOR)
+    else:
+        z = _four_each(key, stream, first_counter + tl.arange(0, COUNTERS), GENERATOR)
+    return z
 
 
 @triton.jit
@@ -80,10 +122,7 @@ def _by_blocks(
     """Rows of the part begin and end between blocks of four: a block serves four neighbours."""
     element = start + 4 * tl.arange(0, COUNTERS).to(tl.int64)
     at = first + element // width * pitch + element % width
-    a, b, c, d = random_words(key, stream, at >> 2, GENERATOR)
-    z0, z1 = box_muller(a, b)
-    z2, z3 = box_muller(c, d)
-    return tl.join(tl.join(z0, z2), tl.join(z1, z3)).reshape(4 * COUNTERS)
+    return _four_each(key, stream, at >> 2, GENERATOR)
 
 
 @triton.jit
@@ -108,13 +147,23 @@ def _by_elements(
 
 @triton.jit
 def part_normals(
-    words_ptr: tl.tensor, word_stride: tl.tensor, start: tl.tensor, COUNTERS: tl.constexpr, GENERATOR: tl.constexpr
+    words_ptr: tl.tensor,
+    word_stride: tl.tensor,
+    start: tl.tensor,
+    COUNTERS: tl.constexpr,
+    EIGHT: tl.constexpr,
+    GENERATOR: tl.constexpr,
 ) -> tl.tensor:
     """float32 [4 * COUNTERS]: z of elements ``start`` and on of the part of a tensor that the five words describe."""
     key, stream = tl.load(words_ptr), tl.load(words_ptr + word_stride)
     first, width = tl.load(words_ptr + 2 * word_stride), tl.load(words_ptr + 3 * word_stride)
     pitch = tl.load(words_ptr + 4 * word_stride)
-    if ((first | width | pitch) & 3) == 0:
+    row, column = start // width, start % width
+    at = first + row * pitch + column
+    if ((at & 3) == 0) & (column + 4 * COUNTERS <= width):
+        # A stretch of the whole tensor, as of every shard along its first dimension.
+        z = normals(key, stream, at >> 2, COUNTERS, EIGHT, GENERATOR)
+    elif ((first | width | pitch) & 3) == 0:
         z = _by_blocks(key, stream, start, first, width, pitch, COUNTERS, GENERATOR)
     else:
         z = _by_elements(key, stream, start, first, width, pitch, COUNTERS, GENERATOR)
@@ -123,8 +172,8 @@ def part_normals(
 
 @triton.jit
 def with_noise(value: tl.tensor, z: tl.tensor, std: tl.tensor) -> tl.tensor:
-    """``value + std * z`` in the type of ``value`` (float32 or float64); at std == 0 ``value`` itself, bit for bit."""
-    return tl.where(std == 0, value, value + std.to(value.dtype) * z.to(value.dtype))
+    """``value + std * z`` in the type of ``value`` (float32 or float64)."""
+    return value + std.to(value.dtype) * z.to(value.dtype)
 
 
 @triton.jit

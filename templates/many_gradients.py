@@ -13,11 +13,11 @@ to fill a GPU.
 
 A training step has hundreds of parameters, most of them short vectors, and a launch costs as much as moving 12 MB.
 
-Kernels. The gradients' addresses are a tuple of arguments; their sizes, and so where the tiles of each begin, are constants. An
-item is a tile of one gradient, which a chain of K selects finds, without reading memory. ``squared_norms``: items are [B, tiles];
-CHUNK elements are squared and added in float32; each chunk has a place of its own, and the last one of a norm to arrive adds all of
-them in their order, so that the result is deterministic. ``weighted_sums_noise``: the tile of ``weighted_sum_noise``, the same sums
-and the same noise.
+Kernels. The gradients' addresses are a tuple of arguments; their sizes, and so where the chunks of each begin, are constants. A
+program works on a chunk of one gradient, which a chain of K selects finds, without reading memory; a chunk has many tiles, so that
+this costs little. ``squared_norms``: programs are [B, chunks]; CHUNK elements are squared and added in float32; each chunk has a
+place of its own, and the last one of a norm to arrive adds all of them in their order, so that the result is deterministic.
+``weighted_sums_noise``: the tiles of ``weighted_sum_noise``, the same sums and the same noise.
 
 Legend: K gradients, B samples, P parameters of the graph.
 """

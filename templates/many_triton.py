@@ -12,10 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ._triton import ceil_div
-from .noise_triton import PHILOX, TILE, NoiseTile, programs_of, sum_tile
+from .noise_triton import PHILOX, TILE, NoiseTile, sum_tile
 
-# With half as many warps a thread's share of a tile, and the chosen addresses, spill.
-WARPS = 8
+WARPS = 4
+# Choosing one of 30 gradients takes the time of 8 elements' noise in each thread, which here draws that of 64.
+TILES = 8
 
 
 @triton.jit
@@ -49,33 +50,33 @@ def squared_norms_kernel(
     BLOCK: tl.constexpr, EVEN: tl.constexpr,
 ) -> None:  # fmt: skip
     """Writes ``out`` [rows, B]. ``partials`` [rows, B, slots] may hold anything; ``counters`` int32 [rows, B] are zero before and
-    after. ``EVEN``: all addresses and sizes are multiples of 16."""
+    after. ``EVEN``: all addresses are multiples of 16 bytes, all sizes of 8."""
     lane = tl.arange(0, BLOCK)
-    for item in tl.range(tl.program_id(0), batch * STARTS[COUNT], tl.num_programs(0)):
-        b, tile = item // STARTS[COUNT], item % STARTS[COUNT]
-        number, address, _, first, size = pick(grads, grads, tile, STARTS, SIZES, ROWS, COUNT)
-        sample = address.to(grads[0].dtype) + tl.cast(b, tl.int64) * size
-        chunks = (size + CHUNK - 1) // CHUNK
-        if EVEN:
-            sample, size = tl.multiple_of(sample, 16), tl.multiple_of(size, 16)
-        start = (tile - first) * CHUNK
+    b, tile = tl.program_id(0) // STARTS[COUNT], tl.program_id(0) % STARTS[COUNT]
+    number, address, _, first, size = pick(grads, grads, tile, STARTS, SIZES, ROWS, COUNT)
+    sample = address.to(grads[0].dtype) + tl.cast(b, tl.int64) * size
+    chunks = (size + CHUNK - 1) // CHUNK
+    if EVEN:
+        sample, size = tl.multiple_of(sample, 16), tl.multiple_of(size, 8)
+    start = (tile - first) * CHUNK
+    total = tl.zeros((BLOCK,), tl.float32)
+    # Four blocks' loads are in flight at a time.
+    for offset in tl.range(0, tl.minimum(CHUNK, size - start), BLOCK, loop_unroll_factor=4):
+        element = start + offset + lane
+        value = tl.load(sample + element, mask=element < size, other=0.0).to(tl.float32)
+        total += value * value
+    place = tl.cast(number, tl.int64) * batch + b
+    tl.store(partials + place * slots + (tile - first), tl.sum(total))
+    # All stores of this program come before its arrival, and the last arrival before the loads below.
+    tl.debug_barrier()
+    arrived = tl.atomic_add(counters + place, 1, sem="acq_rel", scope="gpu")
+    if arrived == chunks - 1:
+        tl.store(counters + place, 0)
         total = tl.zeros((BLOCK,), tl.float32)
-        for offset in tl.range(0, CHUNK, BLOCK):
-            element = start + offset + lane
-            value = tl.load(sample + element, mask=element < size, other=0.0).to(tl.float32)
-            total += value * value
-        place = tl.cast(number, tl.int64) * batch + b
-        tl.store(partials + place * slots + (tile - first), tl.sum(total))
-        # All stores of this program come before its arrival, and the last arrival before the loads below.
-        tl.debug_barrier()
-        arrived = tl.atomic_add(counters + place, 1, sem="acq_rel", scope="gpu")
-        if arrived == chunks - 1:
-            tl.store(counters + place, 0)
-            total = tl.zeros((BLOCK,), tl.float32)
-            for offset in tl.range(0, chunks, BLOCK):
-                at = partials + place * slots + offset + lane
-                total += tl.load(at, mask=offset + lane < chunks, other=0.0, cache_modifier=".cg")
-            tl.store(out_ptr + place, tl.sum(total))
+        for offset in tl.range(0, chunks, BLOCK):
+            at = partials + place * slots + offset + lane
+            total += tl.load(at, mask=offset + lane < chunks, other=0.0, cache_modifier=".cg")
+        tl.store(out_ptr + place, tl.sum(total))
 
 
 @triton.jit
@@ -83,24 +84,32 @@ def weighted_sums_noise_kernel(
     outs: tl.tensor, grads: tl.tensor, factors_ptr: tl.tensor, keys_ptr: tl.tensor, std_ptr: tl.tensor,
     factor_row: tl.tensor, factor_stride: tl.tensor, key_stride: tl.tensor, word_stride: tl.tensor, batch: tl.tensor,
     STARTS: tl.constexpr, SIZES: tl.constexpr, ROWS: tl.constexpr, COUNT: tl.constexpr, EVEN: tl.constexpr,
-    PARTS: tl.constexpr, COUNTERS: tl.constexpr, GENERATOR: tl.constexpr,
+    TILES: tl.constexpr, PARTS: tl.constexpr, COUNTERS: tl.constexpr, GENERATOR: tl.constexpr,
 ) -> None:  # fmt: skip
     """``weighted_sum_noise_kernel`` for COUNT gradients (tuples ``outs`` and ``grads``); gradient k takes the factors and keys of
-    row ROWS[k]. ``EVEN``: all addresses and sizes are multiples of 16."""
+    row ROWS[k]. A program sums TILES tiles of one gradient. ``EVEN``: all addresses are multiples of 16 bytes, all sizes of 8."""
+    ELEMENTS: tl.constexpr = 4 * COUNTERS
     std = tl.load(std_ptr)
-    for tile in tl.range(tl.program_id(0), STARTS[COUNT], tl.num_programs(0)):
-        row, address, target, first, size = pick(grads, outs, tile, STARTS, SIZES, ROWS, COUNT)
-        out, grad = target.to(outs[0].dtype), address.to(grads[0].dtype)
-        if EVEN:
-            out, grad, size = tl.multiple_of(out, 16), tl.multiple_of(grad, 16), tl.multiple_of(size, 16)
-        start = tl.cast(tile - first, tl.int64) * (4 * COUNTERS)
+    chunk = tl.program_id(0)
+    row, address, target, first, size = pick(grads, outs, chunk, STARTS, SIZES, ROWS, COUNT)
+    out, grad = target.to(outs[0].dtype), address.to(grads[0].dtype)
+    if EVEN:
+        out, grad, size = tl.multiple_of(out, 16), tl.multiple_of(grad, 16), tl.multiple_of(size, 8)
+    size = tl.cast(size, tl.int64)
+    begin = tl.cast(chunk - first, tl.int64) * (TILES * ELEMENTS)
+    for start in tl.range(begin, tl.minimum(begin + TILES * ELEMENTS, size), ELEMENTS):
         sum_tile(
             out, grad, factors_ptr + row * factor_row, keys_ptr + row * key_stride, word_stride, std, start, factor_stride, batch,
-            tl.cast(size, tl.int64), size, PARTS, COUNTERS, GENERATOR,
+            size, size, PARTS, COUNTERS, GENERATOR,
         )  # fmt: skip
 
 
-def squared_norms(grads: Sequence[Tensor], chunk: int, block: int = 1024) -> Tensor:
+def block_of(dtype: torch.dtype) -> int:
+    """Elements of which each thread of a program loads 16 bytes."""
+    return 32 * WARPS * 16 // dtype.itemsize
+
+
+def squared_norms(grads: Sequence[Tensor], chunk: int, block: int | None = None) -> Tensor:
     """float32 [K, B], in one launch; all gradients contiguous. ``chunk`` elements are added by one program."""
     shapes, batch, device = _shapes(grads), grads[0].shape[0], grads[0].device
     sizes, starts, even = _table(shapes, chunk)
@@ -109,9 +118,9 @@ def squared_norms(grads: Sequence[Tensor], chunk: int, block: int = 1024) -> Ten
     partials = torch.empty((len(sizes), batch, slots), dtype=torch.float32, device=device)
     counters = torch.zeros((len(sizes), batch), dtype=torch.int32, device=device)
     if batch * starts[-1]:
-        squared_norms_kernel[(min(batch * starts[-1], programs_of(device)),)](
+        squared_norms_kernel[(batch * starts[-1],)](
             tuple(grads), out, partials, counters, batch, slots, STARTS=starts, SIZES=sizes, ROWS=_numbers(len(sizes)),
-            COUNT=len(sizes), CHUNK=chunk, BLOCK=block, EVEN=even and _aligned(grads), num_warps=WARPS,
+            COUNT=len(sizes), CHUNK=chunk, BLOCK=block or block_of(grads[0].dtype), EVEN=even and _aligned(grads), num_warps=WARPS,
         )  # fmt: skip
     return out
 
@@ -122,13 +131,13 @@ def weighted_sums_noise(
 ) -> list[Tensor]:  # fmt: skip
     """``flashnorm::weighted_sums_noise`` in one launch; all gradients contiguous."""
     shapes, device = _shapes(grads), factors.device
-    sizes, starts, even = _table(shapes, 4 * tile.counters)
+    sizes, starts, even = _table(shapes, 4 * tile.counters * TILES)
     outs = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
     if starts[-1]:
-        weighted_sums_noise_kernel[(min(starts[-1], programs_of(device)),)](
+        weighted_sums_noise_kernel[(starts[-1],)](
             tuple(outs), tuple(grads), factors, keys, std, *factors.stride(), *keys.stride(), grads[0].shape[0],
             STARTS=starts, SIZES=sizes, ROWS=tuple(rows), COUNT=len(outs), EVEN=even and _aligned(grads),
-            PARTS=keys.shape[1] == 5, COUNTERS=tile.counters, GENERATOR=generator, num_warps=WARPS,
+            TILES=TILES, PARTS=keys.shape[1] == 5, COUNTERS=tile.counters, GENERATOR=generator, num_warps=WARPS,
         )  # fmt: skip
     return outs
 
@@ -140,12 +149,12 @@ def _shapes(grads: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
 
 @functools.lru_cache(maxsize=4096)
 def _table(shapes: tuple[tuple[int, ...], ...], tile: int) -> tuple[tuple[int, ...], tuple[int, ...], bool]:
-    """Sizes, where each gradient's tiles begin and how many there are, and whether all sizes are multiples of 16.
+    """Sizes, where each gradient's tiles begin and how many there are, and whether all sizes are multiples of 8.
 
     A step calls with the same shapes as the step before it, and every call is time in which the device may wait.
     """
     sizes = tuple(math.prod(shape) for shape in shapes)
-    return sizes, tiles_of(sizes, tile), all(size % 16 == 0 for size in sizes)
+    return sizes, tiles_of(sizes, tile), all(size % 8 == 0 for size in sizes)
 
 
 @functools.cache

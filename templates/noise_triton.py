@@ -1,8 +1,8 @@
 """Triton kernel of ``flashnorm::add_noise``: the stream of noise.py and noise_cpu.cpp, drawn on a GPU.
 
     grid     persistent: min(tiles, PROGRAMS_PER_SM * multiprocessors) programs, each takes every grid-th tile
-    tile     COUNTERS Philox counters = 4 * COUNTERS elements; a thread holds the four neighbours that share a counter, so one
-             generator call serves one vector load and one vector store
+    tile     COUNTERS Philox counters = 4 * COUNTERS elements; a thread holds the four neighbours that share a counter, or for
+             16-bit values the eight of two, so that it draws the noise of what one vector load brings and one vector store takes
     accumulator   float32, float64 for float64 values
     bytes    value read once, result written once; keys and std are scalars. In place with std == 0: 4 bytes per program
 
@@ -41,12 +41,13 @@ PROGRAMS_PER_SM = 8  # 8 * 4 warps keep enough loads in flight to cover the late
 
 @triton.jit
 def _drawn(keys: tl.tensor, word_stride: tl.tensor, start: tl.tensor, PARTS: tl.constexpr, COUNTERS: tl.constexpr,
-           GENERATOR: tl.constexpr) -> tl.tensor:  # fmt: skip
-    """float32 [4 * COUNTERS]: the noise of elements ``start`` and on, ``start`` a multiple of four."""
+           BITS: tl.constexpr, GENERATOR: tl.constexpr) -> tl.tensor:  # fmt: skip
+    """float32 [4 * COUNTERS]: the noise of elements ``start`` and on, a multiple of four, for values of BITS bits at least."""
+    EIGHT: tl.constexpr = BITS == 16
     if PARTS:
-        z = part_normals(keys, word_stride, start, COUNTERS, GENERATOR)
+        z = part_normals(keys, word_stride, start, COUNTERS, EIGHT, GENERATOR)
     else:
-        z = normals(tl.load(keys), tl.load(keys + word_stride), start // 4, COUNTERS, GENERATOR)
+        z = normals(tl.load(keys), tl.load(keys + word_stride), start // 4, COUNTERS, EIGHT, GENERATOR)
     return z
 
 
@@ -68,6 +69,7 @@ def _tiles(
     GENERATOR: tl.constexpr,
 ) -> None:
     ELEMENTS: tl.constexpr = 4 * COUNTERS
+    BITS: tl.constexpr = min(out_ptr.dtype.element_ty.primitive_bitwidth, value_ptr.dtype.element_ty.primitive_bitwidth)
     wide = tl.float64 if value_ptr.dtype.element_ty == tl.float64 else tl.float32
     for tile in range(tl.program_id(0).to(tl.int64), tl.cdiv(n, ELEMENTS), tl.num_programs(0)):
         start = tile * ELEMENTS
@@ -75,9 +77,10 @@ def _tiles(
         inside = element < n
         source = (element // columns) * outer + (element % columns) * inner if STRIDED else element
         value = tl.load(value_ptr + source, mask=inside, other=0).to(wide)
-        z = _drawn(keys, word_stride, start, PARTS, COUNTERS, GENERATOR)
+        if std != 0:
+            value = with_noise(value, _drawn(keys, word_stride, start, PARTS, COUNTERS, BITS, GENERATOR), std)
         target = source if IN_PLACE else element
-        tl.store(out_ptr + target, rounded(with_noise(value, z, std), out_ptr.dtype.element_ty), mask=inside)
+        tl.store(out_ptr + target, rounded(value, out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -152,6 +155,7 @@ def sum_tile(
 ) -> None:  # fmt: skip
     """Elements ``start``.. of a weighted sum with its noise; ``start`` is a multiple of four."""
     ELEMENTS: tl.constexpr = 4 * COUNTERS
+    BITS: tl.constexpr = min(out_ptr.dtype.element_ty.primitive_bitwidth, w_ptr.dtype.element_ty.primitive_bitwidth)
     element = start + tl.arange(0, ELEMENTS)
     inside = element < n
     total = tl.zeros((ELEMENTS,), tl.float32)
@@ -159,10 +163,11 @@ def sum_tile(
     for b in tl.range(0, batch, loop_unroll_factor=4):
         factor = tl.load(factors_ptr + b * factor_stride)
         sample = w_ptr + tl.cast(b, tl.int64) * sample_stride
-        weighted = tl.load(sample + element, mask=inside, other=0.0).to(tl.float32) * factor
-        total += tl.where(factor != 0, weighted, 0.0)
+        # A dropped sample is not read.
+        read = element < tl.where(factor != 0, n, 0)
+        total += tl.load(sample + element, mask=read, other=0.0).to(tl.float32) * factor
     if std != 0:
-        total = with_noise(total, _drawn(keys, word_stride, start, PARTS, COUNTERS, GENERATOR), std)
+        total = with_noise(total, _drawn(keys, word_stride, start, PARTS, COUNTERS, BITS, GENERATOR), std)
     tl.store(out_ptr + element, rounded(total, out_ptr.dtype.element_ty), mask=inside)
 
 
