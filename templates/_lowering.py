@@ -20,6 +20,7 @@ from torch._inductor.lowering import fallback_handler, lowerings, register_lower
 from torch._inductor.select_algorithm import ExternKernelChoice, SymbolicGridFn, TritonTemplate
 from torch._inductor.virtualized import V
 
+from ._aligned import align_rows
 from ._compat import select_choice, zeroed_workspace
 from ._triton import HAS_TRITON, POINTERS, Device, device_of, tma_layout, with_layouts
 
@@ -108,8 +109,14 @@ def register(op: Any, lower: Callable[..., Any]) -> None:
 
 
 def realized(*values: Any) -> list[Any]:
-    """Operands as buffers or strided views of buffers; a view that strides cannot say is copied."""
-    return [ir.ExternKernel.realize_input(value) for value in values]
+    """Operands as buffers or strided views of buffers, with aligned rows where their strides are still free; a view that strides
+    cannot say is copied."""
+    for value in values:
+        align_rows(value)
+    found = [ir.ExternKernel.realize_input(value) for value in values]
+    for value in found:
+        align_rows(value)
+    return found
 
 
 def hint(size: Any) -> int:

@@ -16,6 +16,7 @@ from unittest import mock
 import pytest
 import torch
 from flashnorm_compile.templates import _lowering, embedding_norm, flash_norm, ghost_norm, tied_cross_term
+from flashnorm_compile.templates._aligned import padded_strides
 from flashnorm_compile.templates._triton import device_of
 from helpers import compile_source, interpret
 from hopper import Output, hopper
@@ -191,6 +192,62 @@ def test_a_dynamic_batch_and_length_keep_bulk_copies(tmp_path: Path) -> None:
     found = template(out, tmp_path)
     assert any(name.startswith("ks") for name in found.meta["signature"])
     assert _compiled(found).bulk_copies > 0
+
+
+ODD = {
+    "flash_norm": lambda g, a, f: ops.flash_norm(g, a),
+    "ghost_norm": lambda g, a, f: ops.ghost_norm(g, a),
+    "clipped_sum": lambda g, a, f: ops.clipped_sum(g, a, f),
+    "weight_grads": lambda g, a, f: ops.weight_grads(g, a, torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("operator", ODD.values(), ids=ODD)
+def test_rows_of_an_odd_width_are_written_where_bulk_copies_can_read_them(operator: Any, tmp_path: Path) -> None:
+    out, _ = generate(
+        lambda x, a, f: operator((x * 2).view(2, 70, 513), a, f),
+        randn(140, 513),
+        randn(2, 70, 40),
+        torch.rand(2, dtype=torch.float32),
+    )
+    assert len(re.findall(r"empty_strided_cuda\(\(140, 513\), \(520, 1\), torch.bfloat16\)", out.codes[0])) == 1
+    assert not re.search(r"empty_strided_cuda\(\(2, 70, 513\)", out.codes[0]), "a copy"
+    found = template(out, tmp_path)
+    assert "G_LAYOUT : tl.constexpr = 1" in dict(out.kernels)[found.kernel.__name__]
+    assert _compiled(found).bulk_copies > 0
+    assert "extern_kernels" not in out.codes[0].split("def call")[1]
+
+
+def test_padded_rows_are_read_as_they_lie(tmp_path: Path) -> None:
+    x, a = randn(140, 513), randn(2, 70, 40)
+    out, _ = generate(lambda x, a: ops.flash_norm((x * 2).view(2, 70, 513), a), x, a)
+    g = torch.full((140, 520), float("nan"), dtype=torch.bfloat16)[:, :513].copy_(x * 2)
+    found = template(out, tmp_path)
+    call = re.search(r"triton_tem\w+\.run\((\w+), (\w+), (.*), (\d+), 1, 1, stream", out.codes[0])
+    assert call is not None
+    values = [g, a, *(buffer(out.codes[0], name) for name in call[3].split(", "))]
+    interpret(found.kernel, range(int(call[4])), *values)
+    slots = values[next(i for i, name in enumerate(found.meta["signature"]) if name.startswith("out_ptr"))]
+    exact = flash_norm.reference_flash_norm(g.view(2, 70, 513), a)
+    torch.testing.assert_close(slots.double().sum(1), exact, rtol=1e-5, atol=0)
+
+
+def test_rows_are_not_padded_where_the_operand_would_be_copied() -> None:
+    x, a = randn(140, 3, 301), randn(2, 70, 40)
+    out, _ = generate(lambda x, a: ops.flash_norm((x * 2).view(2, 70, 903), a), x, a)
+    made = re.findall(r"empty_strided_cuda\((.*), torch.bfloat16\)", out.codes[0])
+    assert made == ["(140, 3, 301), (903, 301, 1)"]
+
+
+def test_padding_costs_little_and_aligned_rows_get_none() -> None:
+    assert padded_strides([8192, 50257], 2) == [50304, 1], "128 bytes"
+    assert padded_strides([2, 70, 513], 2) == [36400, 520, 1], "16 bytes"
+    assert padded_strides([2, 70, 512], 2) is None
+    assert padded_strides([8192, 50256], 2) is None
+    for width in (1, 17, 100):
+        assert padded_strides([64, width], 2) is None, "too much of the whole"
+    assert padded_strides([513], 2) is None
+    assert padded_strides([2, 3, 5, 513], 2) is None
 
 
 @pytest.mark.parametrize("sizes", [(2, 0, 3, 4), (2, 3, 0, 4), (0, 3, 4, 5)])
