@@ -16,7 +16,8 @@ SUM, MEAN = 0, 1
 
 def canonicalize_pass(graph: fx.Graph) -> None:
     """Replaces embedding-bag gradients by a gather of the bags' gradients and an indexed addition, bilinear forms by matrix
-    products, and ``x[mask] = number`` by a choice for each element."""
+    products, and ``x[mask] = number`` by a choice for each element; rows of an embedding's gradient are widened after padding is
+    taken out of them, so that kernels may read the narrow ones."""
     for node in graph.find_nodes(op="call_function", target=aten._embedding_bag_backward.default):
         by_frequency, mode, sparse = node.args[7:10]
         regular = getattr(node.args[2], "target", None) is prims.iota.default
@@ -27,6 +28,10 @@ def canonicalize_pass(graph: fx.Graph) -> None:
     for node in graph.find_nodes(op="call_function", target=aten.index_put.default):
         if _is_masked_fill(node):
             _choose_by_mask(graph, node)
+    for target in (aten.index_put.default, aten._unsafe_index_put.default):
+        for node in graph.find_nodes(op="call_function", target=target):
+            if _widened_before_masking(node.args[2]):
+                _mask_before_widening(graph, node.args[2])
     graph.lint()
 
 
@@ -48,6 +53,33 @@ def _choose_by_mask(graph: fx.Graph, node: fx.Node) -> None:
     chosen.meta = {**node.meta}
     node.replace_all_uses_with(chosen)
     graph.erase_node(node)
+
+
+def _widened_before_masking(values: Any) -> bool:
+    """``where(mask, 0, wide(x))``, as the gradient of an embedding is written by torch 2.11."""
+    if values.target is not aten.where.self:
+        return False
+    zero, wide = values.args[1:]
+    if zero.target is not aten.scalar_tensor.default or zero.args[0] != 0 or wide.target is not prims.convert_element_type.default:
+        return False
+    old, new, whole = (value.meta["val"].dtype for value in (wide.args[0], wide, values))
+    return bool(old.is_floating_point and new.is_floating_point and old.itemsize < new.itemsize and whole == new)
+
+
+def _mask_before_widening(graph: fx.Graph, values: fx.Node) -> None:
+    """``wide(where(mask, 0, x))``: the same values."""
+    mask, zero, wide = values.args
+    x, dtype = wide.args[0], values.meta["val"].dtype  # type: ignore[union-attr]
+    narrow: torch.dtype = x.meta["val"].dtype  # type: ignore[union-attr]
+    with graph.inserting_before(values):
+        small = graph.call_function(zero.target, zero.args, {**zero.kwargs, "dtype": narrow})  # type: ignore[union-attr]
+        masked = graph.call_function(aten.where.self, (mask, small, x))
+        widened = graph.call_function(prims.convert_element_type.default, (masked, dtype))
+    small.meta = {**zero.meta, "val": zero.meta["val"].to(narrow)}  # type: ignore[union-attr]
+    masked.meta = {**values.meta, "val": values.meta["val"].to(narrow)}
+    widened.meta = {**values.meta}
+    values.replace_all_uses_with(widened)
+    graph.erase_node(values)
 
 
 def _embedding_bag_backward(

@@ -16,12 +16,15 @@ import pytest
 import sympy
 import torch
 from flashnorm_compile.passes import _compat, fused_costs, kernels, memory, plan, private_pass, saved
+from flashnorm_compile.passes.canonicalize import canonicalize_pass
 from flashnorm_compile.passes.costs import Product
+from flashnorm_compile.passes.factored import unwidened
 from flashnorm_compile.passes.peaks import DATASHEETS
 from flashnorm_compile.templates import sample_products
 from models.zoo import ZOO
 from oracle import assert_agree, case_gradients, check, clip, gradients_of, halving_options
 from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from flashnorm_compile.backend import compile_private
 from flashnorm_compile.options import Options
@@ -176,6 +179,32 @@ def test_half_precision_is_not_widened_before_a_kernel() -> None:
                 assert node.meta["val"].dtype == torch.float32
             if "weight_grads" in name:
                 assert node.meta["val"][0].dtype == torch.bfloat16
+
+
+@pytest.mark.usefixtures("_operators")
+def test_a_tied_head_is_not_widened_for_its_embedding() -> None:
+    graph = private_graph(Tied().bfloat16(), tokens(), "ghost")
+    (cross,) = (node for node in graph.nodes if "tied_cross_term" in str(node.target))
+    h, _, g, a = cross.all_input_nodes
+    assert {operand.meta["val"].dtype for operand in (h, g, a)} == {torch.bfloat16}
+
+
+def test_padding_is_taken_out_of_an_embeddings_gradient_before_it_is_widened() -> None:
+    """The form that torch 2.11's decomposition gives, in which a widened operand would hide the narrow one."""
+
+    def scatter(ids: Tensor, grad: Tensor) -> Tensor:
+        zero = torch.scalar_tensor(0.0, dtype=torch.float32)
+        rows = torch.where((ids == 1).unsqueeze(-1), zero, torch.ops.prims.convert_element_type(grad, torch.float32))
+        return torch.zeros(11, 6).index_put((ids,), rows, accumulate=True)
+
+    ids, grad = tokens(), sequences().bfloat16()
+    traced = make_fx(scatter, tracing_mode="fake")(ids, grad)
+    canonicalize_pass(traced.graph)
+    traced.recompile()
+    (put,) = traced.graph.find_nodes(op="call_function", target=torch.ops.aten.index_put.default)
+    assert unwidened(put.args[2]).meta["val"].dtype == torch.bfloat16
+    assert put.args[2].meta["val"].dtype == torch.float32
+    assert torch.equal(traced(ids, grad), scatter(ids, grad))
 
 
 class Projections(nn.Module):
