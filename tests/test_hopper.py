@@ -224,15 +224,15 @@ def call(self, args):
     del saved
     with torch.cuda._DeviceGuard(0):
         kernel.run(buf4, 4, stream=stream0)
-        buf5 = empty_strided_cuda((2, ), (1, ), torch.bfloat16)
+        buf5 = empty_strided_cuda((4, ), (1, ), torch.bfloat16).as_strided((2, ), (1, ))
     return (buf5, primals_1, None, reinterpret_tensor(buf4, (1,), (1,), 0), )
 """
     saved = Storage("saved", 1000)
     walked = walk(code, {"buf3": 100, "buf4": 10}.get, {"saved": saved})
     assert walked.peak_bytes == 1000 + 128 + 110
     assert walked.at_peak[0] is saved
-    assert [storage.nbytes for storage in walked.allocations] == [128, 100, 10, 4]
-    assert [storage and storage.nbytes for storage in walked.outputs] == [4, None, None, 10]
+    assert [storage.nbytes for storage in walked.allocations] == [128, 100, 10, 8], "padding in place: all that is allocated"
+    assert [storage and storage.nbytes for storage in walked.outputs] == [8, None, None, 10]
     assert walked.library_calls == {"torch.ops.aten.sort.default": 1}
     assert walked.launches == 1
 
