@@ -131,6 +131,10 @@ class _Record:
     def _is_noted(self, grad: Tensor) -> bool:
         return self.grad is not None and self.grad() is grad and _version(grad) == self.version
 
+    def is_ready(self, grad: Tensor) -> bool:
+        """Whether this p.grad is private, noised, and has not been used."""
+        return self.noised and not self.used and self.fault is None and self._is_noted(grad)
+
     def reason_to_refuse(self, grad: Tensor) -> str | None:
         """Why an optimizer must not use this p.grad, or None."""
         if not self._is_noted(grad):
@@ -138,6 +142,7 @@ class _Record:
         return self.fault or (None if self.noised else _NOISELESS) or (_USED if self.used else None)
 
 
+_Slots = list[tuple[int, _Record]]
 # By the parameter's id; an entry goes when its parameter does.
 _records: dict[int, _Record] = {}
 _step_hook: Any = None
@@ -168,17 +173,26 @@ def watch(outputs: Any, binding: Binding) -> Node | None:
     if not binding.guarded:
         protect(parameters, binding.names)
         binding.guarded = True
-    own = set(map(id, parameters))
-    slots: list[tuple[int, _Record]] = []
-    for position, (source, _) in enumerate(node.next_functions):
-        variable = getattr(source, "variable", None)
-        if id(variable) in own and id(variable) in _records:
-            slots.append((position, _records[id(variable)]))
-    node.register_hook(partial(_note, binding, slots))
+    # The class belongs to one compiled graph, whose inputs have fixed places.
+    places = _slots.setdefault(type(node), {})
+    if id(binding) not in places:
+        places[id(binding)] = _slots_of(node, parameters)
+        weakref.finalize(binding, places.pop, id(binding), None)
+    node.register_hook(partial(_note, binding, places[id(binding)]))
     return node
 
 
-def _note(binding: Binding, slots: list[tuple[int, _Record]], grad_inputs: Sequence[Tensor | None], grad_outputs: Any) -> None:
+# Class of a compiled graph's backward node -> id of a binding -> which of the node's results is the gradient of which parameter.
+_slots: weakref.WeakKeyDictionary[type, dict[int, _Slots]] = weakref.WeakKeyDictionary()
+
+
+def _slots_of(node: Node, parameters: Sequence[nn.Parameter]) -> _Slots:
+    own = set(map(id, parameters))
+    variables = ((position, getattr(source, "variable", None)) for position, (source, _) in enumerate(node.next_functions))
+    return [(position, _records[id(one)]) for position, one in variables if id(one) in own and id(one) in _records]
+
+
+def _note(binding: Binding, slots: _Slots, grad_inputs: Sequence[Tensor | None], grad_outputs: Any) -> None:
     release, binding.last_release = binding.last_release, None
     if release is None or release.backward < 0 or release.backward != current_backward():
         return
@@ -241,6 +255,9 @@ def _check_gradients(optimizer: Optimizer) -> None:
         if grad is None:
             continue
         record = _records.get(id(parameter))
+        if record is not None and record.is_ready(grad):
+            valid.append(record)
+            continue
         reason = _OUTSIDE if record is None else record.reason_to_refuse(grad)
         if reason is None:
             valid.append(record)  # type: ignore[arg-type]
