@@ -1,6 +1,7 @@
 """Which tiles, and how many segments of the steps, ``flashnorm::clipped_sum`` uses for a shape.
 
-All constants are counted from published peaks; nothing was measured.
+Constants are counted from published peaks, but for two that an H200 was timed for (benchmarks/results/kernels): sums over several
+segments, and short steps.
 
 Legend: B samples, T positions, p rows and d columns of the weight, S segments of the steps.
 """
@@ -19,6 +20,10 @@ from ._triton import Device, ceil_div, narrowed
 FEW_POSITIONS = 8  # up to here at least half of the smallest step that tensor cores take would be empty
 _LAUNCH_CLOCKS = 2000  # about 1 us: adding the segments is a launch
 _LARGEST_SPLIT = 32
+# Segments are written and read through memory, at 2.1 to 2.5 TB/s: a quarter of what all multiprocessors could read from L2.
+_EXCHANGE = 4
+# A step of 32 positions takes 1.5 to 1.7 times what its FLOPs and its bytes say; one of 64 takes just that.
+_SHORT_STEP = 1.5
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class Choice:
         """waves * (max(FLOPs / peak, bytes / L2 rate) + scaling of one item) + adding the segments.
 
         waves = ceil(tiles * S / multiprocessors). An item takes ceil(steps / S) steps; it scales 128 elements in a clock, once for
-        each sample that it meets. With S > 1 the segments are written, read by a second launch, and added.
+        each sample that it meets. With S > 1 the segments are written, read by a second launch, and added, and the sum is written.
         """
         t = self.tiles
         grid = ceil_div(self.p, t.BLOCK_P) * ceil_div(self.d, t.BLOCK_D) * t.SPLIT
@@ -77,8 +82,10 @@ class Choice:
         multiply = 2 * area * rows * (1 if self.itemsize == 4 or not t.ROWS else 6) / peak
         load = (t.BLOCK_P + t.BLOCK_D) * self.itemsize * rows / device.l2_bytes_per_clock
         scale = 0 if t.ROWS else area / 128 * ceil_div(self.batch, t.SPLIT)
-        exchange = 8 * t.SPLIT * self.p * self.d / (device.l2_bytes_per_clock * device.multiprocessors) + _LAUNCH_CLOCKS
-        return ceil_div(grid, device.multiprocessors) * (max(multiply, load) + scale) + (exchange if t.SPLIT > 1 else 0)
+        step = max(multiply, load) * (_SHORT_STEP if self.itemsize == 2 and t.BLOCK_T < 64 and not t.ROWS else 1)
+        moved = _EXCHANGE * (8 * t.SPLIT + 4) * self.p * self.d / (device.l2_bytes_per_clock * device.multiprocessors)
+        exchange = moved + _LAUNCH_CLOCKS if t.SPLIT > 1 else 0
+        return ceil_div(grid, device.multiprocessors) * (step + scale) + exchange
 
 
 @functools.lru_cache(maxsize=4096)
