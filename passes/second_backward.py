@@ -159,7 +159,8 @@ class Rerun:
         elif tensors and not is_view(node):
             # The smallest operand waits for the clip factors: element-wise readers fuse that, others read a copy.
             first = min(tensors, key=lambda arg: _elements(here[arg]))
-            here[first] = torch.where(self._known, here[first], 0)
+            nothing = False if here[first].dtype is torch.bool else 0  # the operand keeps its type
+            here[first] = torch.where(self._known, here[first], nothing)
             self._behind.add(node)
         args, kwargs = lookup((node.args, node.kwargs), here)
         return node.target(*args, **kwargs)  # type: ignore[operator]
