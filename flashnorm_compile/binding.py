@@ -163,7 +163,9 @@ class Binding:
 
         Raises:
             GraphBreakError: this backward pass has already released one of the clipping groups, or another state.
+            UnsupportedGraphError: a CUDA graph is being captured.
         """
+        self._refuse_capture(norms_sq.device)
         places, backward = self._current_places(), current_backward()
         self._refuse_nested(backward)
         _admit(backward, self, places)
@@ -188,7 +190,7 @@ class Binding:
         keys = state.noise_keys(number, places.streams)
         if parts:
             keys = torch.cat((keys, places.parts), 1)
-        return self._spread(factors, places), keys, norms_sq.new_full((), noise_std, dtype=torch.float32)
+        return self._spread(factors, places), keys.to(norms_sq.device), norms_sq.new_full((), noise_std, dtype=torch.float32)
 
     def _norms(self, norms_sq: Tensor, places: _Places) -> Tensor:
         """Norms [B, K] of whole gradients, also where this rank holds parts of them.
@@ -217,6 +219,15 @@ class Binding:
             return factors.t().expand(len(self.parameters), -1).contiguous()
         return factors.t().index_select(0, places.groups)
 
+    def _refuse_capture(self, device: torch.device) -> None:
+        """Noise keys and level are arguments of the kernels that are launched now; a replay would launch them again."""
+        if _is_captured(device):
+            raise UnsupportedGraphError(
+                f"{self.describe()} ran its backward while a CUDA graph was being captured. Every replay would add the noise of "
+                "this step again, and count no step. Keep the backward pass of a private model out of torch.cuda.graph and "
+                "torch.cuda.make_graphed_callables."
+            )
+
     def _refuse_nested(self, backward: int) -> None:
         if self.forward_backward not in (-1, backward):
             raise UnsupportedGraphError(
@@ -224,6 +235,10 @@ class Binding:
                 "(reentrant activation checkpointing). Nothing then sees which graphs belong to one step. "
                 "Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
             )
+
+
+def _is_captured(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class BlankBatch:

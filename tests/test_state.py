@@ -17,6 +17,7 @@ from stand_in import Private, options, weights
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from flashnorm_compile import binding as binding_module
 from flashnorm_compile.binding import Binding, binding_for
 from flashnorm_compile.distributed.groups import Ranks
 from flashnorm_compile.noise_key import NoiseKey, streams_of
@@ -368,3 +369,31 @@ def test_so_is_one_that_was_called_before_the_other_was_known() -> None:
     _bound(model[1], TOGETHER)
     with pytest.raises(UnsupportedGraphError, match=APART):
         release(first)
+
+
+def test_a_captured_backward_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph would replay the noise of the step in which it was captured."""
+    model = nn.Linear(3, 2)
+    step = torch.compile(model, backend="flashnorm_eager", options={"max_grad_norm": 1.0, "noise_multiplier": 1.0})
+    loss = step(torch.randn(4, 3)).sum()
+    monkeypatch.setattr(binding_module, "_is_captured", lambda device: True)
+    with pytest.raises(UnsupportedGraphError, match=r"(?s)CUDA graph was being captured.*out of torch\.cuda\.graph"):
+        loss.backward()
+    assert all(p.grad is None for p in model.parameters())
+    assert not privacy(model).released
+
+
+def test_capture_is_asked_for_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for capturing in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda now=capturing: now)
+        assert binding_module._is_captured(torch.device("cuda", 0)) is capturing
+        assert not binding_module._is_captured(torch.device("cpu"))
+
+
+@pytest.mark.cuda
+def test_a_backward_in_a_cuda_graph_is_refused() -> None:
+    model, x = nn.Linear(3, 2).cuda(), torch.randn(4, 3, device="cuda")
+    step = torch.compile(model, backend="flashnorm_eager", options={"max_grad_norm": 1.0, "noise_multiplier": 1.0})
+    step(x).sum().backward()
+    with pytest.raises(UnsupportedGraphError, match="CUDA graph was being captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        step(x).sum().backward()
