@@ -27,6 +27,7 @@ import torch
 from flashnorm_compile.passes.peaks import Peaks, peaks_of
 from flashnorm_compile.templates import (  # noqa: F401  (registers the operators)
     clipped_sum,
+    clipped_sums,
     embedding_norm,
     flash_norm,
     ghost_norm,
@@ -83,6 +84,9 @@ class KernelRow:
     error: str | None = None
 
 
+_BLOCKS = 8  # of a model, whose sums share a launch
+
+
 def contests(dtype: torch.dtype, device: str) -> Iterator[Contest]:
     """Every kernel at its shapes; operands are made when a contest's turn comes."""
     for shape in SHAPES:
@@ -118,6 +122,7 @@ def _products(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Iterat
         "clipped_sum", shape, lambda: ops.clipped_sum(g, a, factors), lambda: (g * c).flatten(0, 1).T @ a.flatten(0, 1), flops,
         operands + 4 * weight,
     )  # fmt: skip
+    yield _sums_of_blocks(g, a, factors, flops)
     w = dense()
     stored = _nbytes(w)
     yield Contest(
@@ -135,6 +140,17 @@ def _products(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Iterat
     yield Contest(
         "per_layer", shape, lambda: ops.per_layer(g, a, limit, scale), lambda: _per_layer(dense()), flops, operands + 4 * weight
     )
+
+
+def _sums_of_blocks(g: Tensor, a: Tensor, factors: Tensor, flops: float) -> Contest:
+    """The same layer of several blocks."""
+    gs, a_s, c = [g.clone() for _ in range(_BLOCKS)], [a.clone() for _ in range(_BLOCKS)], factors[:, None, None].to(g.dtype)
+    shape = (*g.shape, a.shape[2])
+    return Contest(
+        "clipped_sums", shape, lambda: list(ops.clipped_sums(gs, a_s, factors[None], [0] * _BLOCKS)),
+        lambda: [(g * c).flatten(0, 1).T @ a.flatten(0, 1) for g, a in zip(gs, a_s, strict=True)], _BLOCKS * flops,
+        _BLOCKS * (_nbytes(g, a) + 4 * g.shape[2] * a.shape[2]),
+    )  # fmt: skip
 
 
 def _tables(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Iterator[Contest]:

@@ -122,23 +122,37 @@ class Factored:
         return few and kernels.fused(self.norms_sq.device) and not _reduced_later(self.gradient)
 
     def released(self, release: Release, sizes: Sizes) -> Tensor:
-        return _noised(self.gradient, self.summed(release, sizes), release, sizes)
+        return _noised(self.gradient, _summed([self], release, sizes)[0], release, sizes)
 
-    def summed(self, release: Release, sizes: Sizes) -> Tensor:
-        """The clipped sum without its noise, float32 or better, in the gradient's shape."""
-        gradient, factors = self.gradient, release.factors[self.gradient.row]
-        parts = [self._clipped(use, factors, sizes) for use in gradient.uses]
+    def summed(self, products: Mapping[fx.Node, Tensor], factors: Tensor, sizes: Sizes) -> Tensor:
+        """The clipped sum without its noise, float32 or better, in the gradient's shape. ``products``: those of its uses whose sum
+        a kernel scales on the way, summed; ``factors``: float32 [B]."""
+        gradient = self.gradient
+        parts = [_clipped(use, products, self.values, factors, sizes) for use in gradient.uses]
         share = factors.sum() / sizes.batch
         assert gradient.node is not None
         total = run_tail(gradient.tail, gradient.uses, parts, self.values, gradient.node, share, narrow=False)
         return _in_shape(gradient, total, sizes)
 
-    def _clipped(self, use: Use, factors: Tensor, sizes: Sizes) -> Tensor:
-        if use.node not in self.products:
-            return clipped_use(use, self.values, factors, sizes)
-        product = self.products[use.node]
-        total = ops.clipped_sum(product.g_btp, product.a_btd, factors)
-        return total.view([sizes(expression(size)) for size in use.node.meta["val"].shape])
+
+def _clipped(use: Use, products: Mapping[fx.Node, Tensor], values: Values, factors: Tensor, sizes: Sizes) -> Tensor:
+    """One use's share of a clipped sum."""
+    if use.node not in products:
+        return clipped_use(use, values, factors, sizes)
+    return products[use.node].view([sizes(expression(size)) for size in use.node.meta["val"].shape])
+
+
+def _summed(parts: Sequence[Factored], release: Release, sizes: Sizes) -> list[Tensor]:
+    """The clipped sums of several parameters; products of one shape share a launch."""
+    uses = [
+        (use.node, part.products[use.node], part.gradient.row)
+        for part in parts
+        for use in part.gradient.uses
+        if use.node in part.products
+    ]
+    sums = kernels.sums_of_products([(product, row) for _, product, row in uses], release.factors)
+    products = {node: total for (node, _, _), total in zip(uses, sums, strict=True)}
+    return [part.summed(products, release.factors[part.gradient.row], sizes) for part in parts]
 
 
 Part = Gradients | Stored | Factored
@@ -184,14 +198,23 @@ def released(parts: Sequence[Part], release: Release, sizes: Sizes, rerun: Rerun
     sent in one order by all of them, whatever each has planned: backwards, as a second backward goes."""
     stored = [(part.gradient, part.dense) for part in parts if isinstance(part, Stored) and part.at_once]
     found = _noised_together(stored, release.factors, release)
-    sums = [part for part in parts if isinstance(part, Factored) and part.at_once]
-    for group in kernels.together(sums, lambda part: _value(part.gradient).dtype, lambda part: part.wide_bytes):
-        totals = [(part.gradient, _real(part.summed(release, sizes)).unsqueeze(0)) for part in group]
+    # Alike ones stand together, so that their sums share launches.
+    sums = sorted((part for part in parts if isinstance(part, Factored) and part.at_once), key=_form)
+    for group in kernels.together(
+        sums, lambda part: _value(part.gradient).dtype, lambda part: part.wide_bytes, kernels.SUMS_AT_ONCE
+    ):
+        totals = [(p.gradient, _real(t).unsqueeze(0)) for p, t in zip(group, _summed(group, release, sizes), strict=True)]
         found |= _noised_together(totals, release.factors.new_ones((release.factors.shape[0], 1)), release)
     for p in sorted((p for p in parts if p.gradient.row not in found), key=lambda p: _turn(p, rerun)):
         ready = p.from_second(rerun, sizes) if isinstance(p, Factored) else p
         found[p.gradient.row] = ready.released(release, sizes)
     return [found[p.gradient.row] for p in parts]
+
+
+def _form(part: Factored) -> tuple[str, ...]:
+    """Differs between parts whose products have different shapes."""
+    shapes = [(*product.g_btp.shape, product.a_btd.shape[2]) for product in part.products.values()]
+    return tuple(str([expression(size) for size in shape]) for shape in shapes)
 
 
 def _turn(part: Part, rerun: Rerun) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..templates import (  # noqa: F401 - the operators
     clipped_sum,
+    clipped_sums,
     embedding_norm,
     ghost_norm,
     many_gradients,
@@ -23,11 +24,14 @@ from ..templates import (  # noqa: F401 - the operators
     weight_grads,
 )
 from .factors import CANCELLED, Outer, Rows, reach_of, reach_of_rows, wide
+from .sample_types import expression
 
 ops = torch.ops.flashnorm
 T = TypeVar("T")
 # What one call releases at most: the per-sample gradients that go into it live until it ends.
 BYTES_AT_ONCE = 1 << 25
+# The same of clipped sums, in float32: seven of [3072, 768] have as many tiles as an H200 runs in four turns.
+SUMS_AT_ONCE = 1 << 26
 
 
 def fused(device: torch.device) -> bool:
@@ -82,15 +86,36 @@ def _joined(terms: list[Outer]) -> tuple[Tensor, Tensor]:
     return torch.cat([term.g_btp for term in terms], 1), torch.cat([term.a_btd for term in terms], 1)
 
 
-def together(parts: Sequence[T], kind: Callable[[T], Hashable], nbytes: Callable[[T], int]) -> Iterator[list[T]]:
-    """Parts in groups for one launch each: of one kind, no more than a launch takes, no more bytes than ``BYTES_AT_ONCE``."""
+def sums_of_products(products: Sequence[tuple[Outer, int]], factors: Tensor) -> list[Tensor]:
+    """The clipped sum of every product, float32 or better; beside it stands its row of ``factors`` [P, B]. On a GPU those of one
+    shape are computed in one launch."""
+    alike: dict[Hashable, list[int]] = {}
+    for k, (product, _) in enumerate(products):
+        sizes = (*product.g_btp.shape, product.a_btd.shape[2])
+        alike.setdefault((*map(expression, sizes), product.g_btp.dtype), []).append(k)
+    found: dict[int, Tensor] = {}
+    for group in alike.values():
+        some = [products[k] for k in group]
+        if len(some) == 1 or not fused(factors.device):
+            sums = [ops.clipped_sum(product.g_btp, product.a_btd, factors[row]) for product, row in some]
+        else:
+            operands = [product.g_btp for product, _ in some], [product.a_btd for product, _ in some]
+            sums = list(ops.clipped_sums(*operands, factors, [row for _, row in some]).unbind())
+        found |= dict(zip(group, sums, strict=True))
+    return [found[k] for k in range(len(products))]
+
+
+def together(
+    parts: Sequence[T], kind: Callable[[T], Hashable], nbytes: Callable[[T], int], limit: int = BYTES_AT_ONCE
+) -> Iterator[list[T]]:
+    """Parts in groups for one launch each: of one kind, no more than a launch takes, no more bytes than ``limit``."""
     kinds: dict[Hashable, list[T]] = {}
     for part in parts:
         kinds.setdefault(kind(part), []).append(part)
     for alike in kinds.values():
         group: list[T] = []
         for part in alike:
-            full = len(group) == many_gradients.AT_ONCE or sum(map(nbytes, [*group, part])) > BYTES_AT_ONCE
+            full = len(group) == many_gradients.AT_ONCE or sum(map(nbytes, [*group, part])) > limit
             if group and full:
                 yield group
                 group = []

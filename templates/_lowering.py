@@ -134,13 +134,18 @@ def is_zero(*sizes: Any) -> bool:
     return any(V.graph.sizevars.statically_known_equals(size, 0) for size in sizes)
 
 
+def is_at_most(size: Any, bound: int) -> bool:
+    """Whether a size is known to be no larger."""
+    return bool(V.graph.sizevars.statically_known_leq(size, bound))
+
+
 def device_for_nodes(*operands: Any) -> tuple[Device, list[int]]:
     """The operands' device and their ``LAYOUT``; tiles for a device without TMA where one of them needs pointers."""
     device = device_of(operands[0].get_device())
     return with_layouts(device, [layout_of_node(operand, device) for operand in operands])
 
 
-def considered(choices: list[T]) -> list[T]:
+def considered(choices: Sequence[T]) -> Sequence[T]:
     """Choices, best first: all of them where Inductor will time them, else the best."""
     return choices if measures() else choices[:1]
 

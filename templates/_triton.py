@@ -239,4 +239,4 @@ def load_tile(
         columns = w + tl.arange(0, BLOCK_W)
         offsets = rows.to(tl.int64)[:, None] * stride_t + columns.to(tl.int64)[None, :] * stride_w
         inside = (rows < length)[:, None] & (columns < width)[None, :]
-        return tl.load(operand + b.to(tl.int64) * stride_b + offsets, mask=inside, other=0.0)
+        return tl.load(operand + tl.cast(b, tl.int64) * stride_b + offsets, mask=inside, other=0.0)

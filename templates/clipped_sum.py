@@ -7,11 +7,13 @@
     factors_b  [B]        float32; a sample with factor 0.0 adds exactly 0, whatever it holds (NaN and Inf too)
     returns    [p, d]     ``sum_b c_b G_b^T A_b`` in ``dtype``, by default float32 (float64 for float64); 0 where B or T is 0
 
-Kernel. One GEMM over B * T. A step multiplies BLOCK_T positions of *one* sample; at a sample's last step its product is scaled in
-float32, added to the tile's total, and started again from zero. Scaling here, and not an operand before it is multiplied, costs one
-multiply-add for each element of the tile and sample, and buys three things: operands go from TMA to the tensor cores untouched; a
-clipped contribution is not rounded to the operands' 16 bits after the norm was taken, which would let it exceed the clip norm by
-2^-9; and a dropped sample needs one select. Steps of all samples form one loop, so that loads run ahead across samples.
+Kernel. One GEMM over B * T. A step multiplies BLOCK_T positions of *one* sample, straight into the tile's total, which is kept in
+units of that sample's factor: when the next sample begins, the total is multiplied by ``c_b / c_(b+1)``, and at the end by the last
+factor. This costs one multiplication for each element of the tile and sample, and two roundings of a float32. What it buys against
+an operand that is scaled before it is multiplied: operands go from TMA to the tensor cores untouched; a clipped contribution is not
+rounded to the operands' 16 bits after the norm was taken, which would let it exceed the clip norm by 2^-9; and a dropped sample is
+not read. Against a product of its own for each sample that is scaled and then added: half the registers, so that a tile may be
+128 x 256. A factor is 0 or C / norm, and norms are square roots of float32 numbers, so that no quotient overflows.
 
 Few positions (T <= FEW_POSITIONS, ROWS): a step would be mostly empty. Steps then take BLOCK_T rows of B * T, whatever their
 samples; G's rows are scaled in registers and multiplied as tf32x3, which keeps 21 bits of them.
@@ -80,13 +82,15 @@ def clipped_sum_tile(
     BLOCK_T: tl.constexpr,
     SPLIT: tl.constexpr,
     ROWS: tl.constexpr,
+    WHOLE: tl.constexpr,
     G_LAYOUT: tl.constexpr,
     A_LAYOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> tl.tensor:
     """(segment, first row, first column, total) of one item. Items are ordered [S, tiles]: those that run together share positions.
 
-    ``total``: float32 [BLOCK_P, BLOCK_D], the segment's share of the sum.
+    ``total``: float32 [BLOCK_P, BLOCK_D], the segment's share of the sum. ``WHOLE``: no sample is longer than a step, so that one
+    loop goes over all of them and loads run ahead.
     """
     tiles = tl.cdiv(p, BLOCK_P) * tl.cdiv(d, BLOCK_D)
     segment = item // tiles
@@ -112,19 +116,29 @@ def clipped_sum_tile(
         blocks = tl.cdiv(length, BLOCK_T)
         steps = batch * blocks
         each = tl.cdiv(steps, SPLIT)
-        last = tl.minimum(segment * each + each, steps) - 1
-        product = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
-        for step in tl.range(segment * each, last + 1):
-            b = step // blocks
-            t = (step % blocks) * BLOCK_T
+        first, end = segment * each, tl.minimum(segment * each + each, steps)
+        unit = 0.0
+        for b in tl.range(first // blocks, tl.cdiv(end, blocks)):
+            factor = tl.load(factors_ptr + b)
+            live = factor != 0
+            # From here on `total` is in units of this sample's factor. A dropped sample is not read.
+            total *= tl.where(live & (unit != 0), unit / tl.where(live, factor, 1.0), 1.0)
+            unit = tl.where(live, factor, unit)
             # [BLOCK_T, BLOCK_P] and [BLOCK_T, BLOCK_D]
-            g_tile = load_tile(g, b, t, column_p, length, p, g_stride_b, g_stride_t, g_stride_w, BLOCK_T, BLOCK_P, G_LAYOUT)
-            a_tile = load_tile(a, b, t, column_d, length, d, a_stride_b, a_stride_t, a_stride_w, BLOCK_T, BLOCK_D, A_LAYOUT)
-            product = tl.dot(g_tile.trans(), a_tile, product, input_precision=PRECISION)
-            if (t + BLOCK_T >= length) | (step == last):
-                factor = tl.load(factors_ptr + b)
-                total += tl.where(factor != 0, product * factor, 0.0)
-                product = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
+            if WHOLE:
+                t = tl.where(live, 0, length)  # behind the sample there are zeros
+                g_tile = load_tile(g, b, t, column_p, length, p, g_stride_b, g_stride_t, g_stride_w, BLOCK_T, BLOCK_P, G_LAYOUT)
+                a_tile = load_tile(a, b, t, column_d, length, d, a_stride_b, a_stride_t, a_stride_w, BLOCK_T, BLOCK_D, A_LAYOUT)
+                total = tl.dot(g_tile.trans(), a_tile, total, input_precision=PRECISION)
+            else:
+                start = tl.maximum(first - b * blocks, 0)
+                stop = tl.where(live, tl.minimum(end - b * blocks, blocks), start)
+                for block in tl.range(start, stop):
+                    t = block * BLOCK_T
+                    g_tile = load_tile(g, b, t, column_p, length, p, g_stride_b, g_stride_t, g_stride_w, BLOCK_T, BLOCK_P, G_LAYOUT)
+                    a_tile = load_tile(a, b, t, column_d, length, d, a_stride_b, a_stride_t, a_stride_w, BLOCK_T, BLOCK_D, A_LAYOUT)
+                    total = tl.dot(g_tile.trans(), a_tile, total, input_precision=PRECISION)
+        total *= unit
     return segment, column_p, column_d, total
 
 
@@ -149,6 +163,7 @@ def clipped_sum_kernel(
     BLOCK_T: tl.constexpr,
     SPLIT: tl.constexpr,
     ROWS: tl.constexpr,
+    WHOLE: tl.constexpr,
     G_LAYOUT: tl.constexpr,
     A_LAYOUT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -159,7 +174,7 @@ def clipped_sum_kernel(
     segment, column_p, column_d, total = clipped_sum_tile(
         tl.program_id(0), g, a, factors_ptr, batch, length, p, d,
         g_stride_b, g_stride_t, g_stride_w, a_stride_b, a_stride_t, a_stride_w,
-        BLOCK_P, BLOCK_D, BLOCK_T, SPLIT, ROWS, G_LAYOUT, A_LAYOUT, PRECISION,
+        BLOCK_P, BLOCK_D, BLOCK_T, SPLIT, ROWS, WHOLE, G_LAYOUT, A_LAYOUT, PRECISION,
     )  # fmt: skip
     store_tile(out_ptr, segment, column_p, column_d, total, p, d)
 
@@ -176,7 +191,7 @@ from flashnorm_compile.templates._triton import open_operand
     a = open_operand(A, batch, length, d, {{stride("A")}}, BLOCK_T, BLOCK_D, A_LAYOUT)
     idx_s, column_p, column_d, total = clipped_sum_tile(
         tl.program_id(0), g, a, FACTORS, batch, length, p, d, {{stride("G")}}, {{stride("A")}},
-        BLOCK_P, BLOCK_D, BLOCK_T, SPLIT, ROWS, G_LAYOUT, A_LAYOUT, PRECISION)
+        BLOCK_P, BLOCK_D, BLOCK_T, SPLIT, ROWS, WHOLE, G_LAYOUT, A_LAYOUT, PRECISION)
     idx_p = column_p + tl.arange(0, BLOCK_P)[:, None]
     idx_d = column_d + tl.arange(0, BLOCK_D)[None, :]
     inside = (idx_p < p) & (idx_d < d)
@@ -184,21 +199,25 @@ from flashnorm_compile.templates._triton import open_operand
 """
 
 
-def _settings(tiles: Tiles, dtype: torch.dtype, layouts: Sequence[int], precision: str) -> dict[str, Any]:
-    """The kernel's constants that do not belong to the tile."""
+def settings(tiles: Tiles, whole: bool, dtype: torch.dtype, layouts: Sequence[int], precision: str) -> dict[str, Any]:
+    """The kernel's constants that do not belong to the tile. ``whole``: no sample is longer than a step."""
     g_layout, a_layout = (POINTERS, POINTERS) if tiles.ROWS else layouts
-    return {"G_LAYOUT": g_layout, "A_LAYOUT": a_layout, "PRECISION": "tf32x3" if tiles.ROWS and dtype.itemsize == 2 else precision}
+    precision = "tf32x3" if tiles.ROWS and dtype.itemsize == 2 else precision
+    return {"WHOLE": whole and not tiles.ROWS, "G_LAYOUT": g_layout, "A_LAYOUT": a_layout, "PRECISION": precision}
 
 
-def launch(g_btp: Tensor, a_btd: Tensor, factors_b: Tensor, tiles: Tiles, layouts: Sequence[int], precision: str) -> Tensor:
-    """float32 [S, p, d]: the segments' partial sums."""
+def launch(
+    g_btp: Tensor, a_btd: Tensor, factors_b: Tensor, tiles: Tiles, layouts: Sequence[int], precision: str, whole: bool | None = None
+) -> Tensor:
+    """float32 [S, p, d]: the segments' partial sums. ``whole``: as ``settings`` takes it; by default what this length allows."""
     batch, length, p = g_btp.shape
     d = a_btd.shape[2]
     out = torch.empty((tiles.SPLIT, p, d), dtype=torch.float32, device=g_btp.device)
     grid = (ceil_div(p, tiles.BLOCK_P) * ceil_div(d, tiles.BLOCK_D) * tiles.SPLIT,)
+    whole = length <= tiles.BLOCK_T if whole is None else whole
     clipped_sum_kernel[grid](
         g_btp, a_btd, factors_b, out, batch, length, p, d, *g_btp.stride(), *a_btd.stride(),
-        **_settings(tiles, g_btp.dtype, layouts, precision), **asdict(tiles),
+        **settings(tiles, whole, g_btp.dtype, layouts, precision), **asdict(tiles),
     )  # fmt: skip
     return out
 
@@ -254,9 +273,14 @@ def reference(g_btp: Tensor, a_btd: Tensor, factors_b: Tensor) -> Tensor:
     return total
 
 
-def _check(g_btp: Tensor, a_btd: Tensor, factors_b: Tensor) -> None:
+def check(g_btp: Tensor, a_btd: Tensor) -> None:
+    """Refuses operands that do not fit together."""
     check_operands("clipped_sum", ("g_btp", g_btp), ("a_btd", a_btd))
     check_lengths("clipped_sum", ("g_btp", g_btp), ("a_btd", a_btd))
+
+
+def _check(g_btp: Tensor, a_btd: Tensor, factors_b: Tensor) -> None:
+    check(g_btp, a_btd)
     check_factors("clipped_sum", factors_b, g_btp.shape[0])
 
 
@@ -309,8 +333,9 @@ def _lower(g: Any, a: Any, factors: Any, dtype: torch.dtype | None = None) -> An
     segments = choices[0].tiles.SPLIT
     candidates = []
     for tiles in (replace(choice.tiles, SPLIT=segments) for choice in choices):
-        settings = _settings(tiles, g.get_dtype(), layouts, precision)
-        constants = {**tiles.constants, **settings, "PRECISION": repr(settings["PRECISION"])}
+        whole = lowering.is_at_most(length, tiles.BLOCK_T)
+        constants = {**tiles.constants, **settings(tiles, whole, g.get_dtype(), layouts, precision)}
+        constants["PRECISION"] = repr(constants["PRECISION"])
         candidates.append(lowering.Candidate(constants, tiles.num_warps, tiles.num_stages))
     layout = lowering.output_layout([segments, p, d], where)
     partial = _kernel.lower([g, a, factors], layout, candidates, segments=segments)

@@ -9,13 +9,23 @@ Legend: B samples, T and S positions, d and p widths of a weight gradient's oper
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from . import clipped_sum, convolution, flash_norm, ghost_norm, per_layer, sample_products, tied_cross_term, weight_grads  # noqa: F401 - the operators
+from . import (  # noqa: F401 - the operators
+    clipped_sum,
+    clipped_sums,
+    convolution,
+    flash_norm,
+    ghost_norm,
+    per_layer,
+    sample_products,
+    tied_cross_term,
+    weight_grads,
+)
 
 Shape = tuple[int, ...]
 
@@ -23,6 +33,10 @@ Shape = tuple[int, ...]
 def _weight_gradient(g_btp: Shape, a_btd: Shape, *_: Any, **__: Any) -> int:
     batch, positions, rows = g_btp
     return 2 * batch * positions * rows * a_btd[2]
+
+
+def _weight_gradients(gs: Sequence[Shape], a_s: Sequence[Shape], *_: Any, **__: Any) -> int:
+    return sum(map(_weight_gradient, gs, a_s))
 
 
 def _ghost(g_btp: Shape, a_btd: Shape, *_: Any, **__: Any) -> int:
@@ -52,6 +66,7 @@ FORMULAS: Mapping[str, Callable[..., int]] = {
     "weight_grads": _weight_gradient,
     "sample_products": _weight_gradient,
     "clipped_sum": _weight_gradient,
+    "clipped_sums": _weight_gradients,
     "per_layer": _norm_and_sum,
     "conv_weight_grads": _conv_weight_grads,
     "tied_cross_term": _tied_cross_term,

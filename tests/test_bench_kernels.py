@@ -31,8 +31,8 @@ def test_both_sides_of_every_contest_compute_the_same() -> None:
             ours = ours[0] if contest.name in ("per_layer", "tied_cross_term") else _first(ours)
             torch.testing.assert_close(ours.flatten().double(), _first(theirs).flatten().double(), rtol=1e-4, atol=1e-4)
     assert found == {
-        "flash_norm", "ghost_norm", "weight_grads", "clipped_sum", "weighted_sum_noise", "squared_norms", "add_noise", "per_layer",
-        "embedding_norm", "tied_cross_term",
+        "flash_norm", "ghost_norm", "weight_grads", "clipped_sum", "clipped_sums", "weighted_sum_noise", "squared_norms",
+        "add_noise", "per_layer", "embedding_norm", "tied_cross_term",
     }  # fmt: skip
 
 

@@ -1,12 +1,13 @@
 """Inductor's code for a Hopper GPU against the plan: exactly its kernels, no large buffer that it does not account for, and the
 memory and the traffic that it predicts.
 
-Models of the papers' sizes with one block of each kind: the others are the same.
+Models of the papers' sizes with one block of each kind, and one with two: the others are the same.
 """
 
 from __future__ import annotations
 
 import functools
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from benchmarks.hopper.fakes import fake_problem
 from benchmarks.roofline import gpt2, llama_block, vit
 
 MIB = 2**20
+_BRACKETS = re.compile(r"\((?:[^()]|\([^()]*\))*\)")
 LIBRARY = "extern_kernels.bmm"
 CASES: dict[str, Callable[[], Problem]] = {
     "gpt2-b1-t1024": partial(gpt2, 1, 1024, layers=1),
@@ -43,6 +45,7 @@ CASES: dict[str, Callable[[], Problem]] = {
     "gpt2-b8-t1024": partial(gpt2, 8, 1024, layers=1),
     "gpt2-b8-t4096": partial(gpt2, 8, 4096, layers=1),
     "vit-b64": partial(vit, 64, layers=1),
+    "vit-b64-two": partial(vit, 64, layers=2),
     "llama-block": partial(llama_block, 4, 2048),
 }
 
@@ -134,6 +137,9 @@ def test_generated_code_is_the_plan(name: str) -> None:
     together = {
         key: calls.pop(key, 0) for key in ("release", "squared_norms", "weighted_sums_noise", "add_noise", "_add_noise_into")
     }
+    in_groups = _grouped_sums(private.code)
+    assert len(in_groups) == calls.pop("clipped_sums", 0)
+    calls["clipped_sum"] += sum(in_groups)
     calls[LIBRARY] += _batched_products(private.code) - _batched_products(step(name, private=False).code)
     assert calls == private.planned
     assert together["release"] == 1
@@ -145,6 +151,12 @@ def test_generated_code_is_the_plan(name: str) -> None:
     # Two groups in a row fill a launch.
     full = 2 * (sum(value.nbytes for value in stored) + sum(shared)) / BYTES_AT_ONCE
     assert together["weighted_sums_noise"] <= 4 + full + len(private.plan.parameters) / 64
+
+
+def _grouped_sums(code: Generated) -> list[int]:
+    """How many products each call of ``clipped_sums`` takes."""
+    found = [re.findall(r"flashnorm\.clipped_sums\.default\(\[([^\]]*)\]", one.code) for one in code.graphs]
+    return [_BRACKETS.sub("", operands).count(",") + 1 for calls in found for operands in calls]
 
 
 def _batched_products(code: Generated) -> int:

@@ -140,7 +140,7 @@ BECOMES = {
     ("product", "ghost"): {"ghost_norm": 1, "clipped_sum": 1, "weighted_sums_noise": 1},
     ("product", "flash"): {"flash_norm": 1, "clipped_sum": 1, "weighted_sums_noise": 1},
     ("twice", "materialize"): {"weight_grads": 1, "weighted_sums_noise": 1},
-    ("twice", "ghost"): {"ghost_norm": 1, "clipped_sum": 2, "weighted_sums_noise": 1},
+    ("twice", "ghost"): {"ghost_norm": 1, "clipped_sums": 1, "weighted_sums_noise": 1},
     ("lookup", "ghost"): {"embedding_norm": 1, "weighted_sums_noise": 1},
     ("tied", "ghost"): {"ghost_norm": 1, "embedding_norm": 1, "tied_cross_term": 1, "clipped_sum": 1, "weighted_sums_noise": 1},
 }

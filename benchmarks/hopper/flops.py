@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from flashnorm_compile.templates import flops  # noqa: F401 - the formulas of our operators
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 aten = torch.ops.aten
@@ -65,5 +66,5 @@ def _causal_share(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any],
 
 def product_dtype(args: Any) -> torch.dtype:
     """The type of the operands of a product: that of the first floating-point tensor."""
-    tensors = (value for value in args if isinstance(value, Tensor) and value.is_floating_point())
+    tensors = (value for value in pytree.tree_leaves(args) if isinstance(value, Tensor) and value.is_floating_point())
     return next((value.dtype for value in tensors), torch.float32)

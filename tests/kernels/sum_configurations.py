@@ -115,14 +115,16 @@ def clipped_sum_configurations() -> list[Configuration]:
     found = []
     outputs = {"factors_ptr": "*fp32", "out_ptr": "*fp32"}
     for capability, device, dtype, precision in _cases():
-        shapes = ((8, 1024, 4096, 4096), (8, 1024, 16, 4096), (8, _clipped_tiles.FEW_POSITIONS, 4096, 4096))
-        choices = [choice for shape in shapes for choice in _clipped_tiles.tile_choices(shape, dtype, device, precision)]
-        for tiles in dict.fromkeys(replace(choice.tiles, SPLIT=4) for choice in choices):
-            for one in _contraction(clipped_sum.clipped_sum_kernel, tiles, dtype, precision, capability, outputs):
-                layouts = one.constants["G_LAYOUT"], one.constants["A_LAYOUT"]
-                if not (tiles.ROWS and one.tma):
-                    settings = clipped_sum._settings(tiles, dtype, layouts, precision)
-                    found.append(replace(one, constants={**one.constants, **settings}))
+        shapes = ((8, 1024, 4096, 4096), (8, 1024, 16, 4096), (8, 32, 4096, 4096), (8, _clipped_tiles.FEW_POSITIONS, 4096, 4096))
+        for tma in (True, False) if device.tma else (False,):
+            kind = replace(device, tma=tma)
+            choices = [choice for shape in shapes for choice in _clipped_tiles.tile_choices(shape, dtype, kind, precision)]
+            for tiles, whole in dict.fromkeys((replace(c.tiles, SPLIT=4), c.length <= c.tiles.BLOCK_T) for c in choices):
+                for one in _contraction(clipped_sum.clipped_sum_kernel, tiles, dtype, precision, capability, outputs):
+                    layouts = one.constants["G_LAYOUT"], one.constants["A_LAYOUT"]
+                    if one.tma == (tma and not tiles.ROWS):
+                        settings = clipped_sum.settings(tiles, whole, dtype, layouts, precision)
+                        found.append(replace(one, constants={**one.constants, **settings}))
     return found
 
 

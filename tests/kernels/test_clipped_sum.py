@@ -55,8 +55,9 @@ def test_kernel_equals_loops(data: st.DataObject) -> None:
     few = length <= FEW_POSITIONS or draw(st.booleans())
     tiles = Tiles(draw(edge), draw(edge), 16, 4, 2, SPLIT=draw(st.integers(1, 5)), ROWS=few)
     layouts = tuple(draw(st.sampled_from(sorted({POINTERS, layout_of(x, HOPPER)}))) for x in (g, a))
+    whole = length <= 16 and draw(st.booleans())
     with interpreted_launches(seed):
-        segments = module.launch(g, a, factors, tiles, layouts, "ieee")
+        segments = module.launch(g, a, factors, tiles, layouts, "ieee", whole)
     assert segments.shape == (tiles.SPLIT, p, d)
     assert_equals_loops(segments.double().sum(0), g, a, factors)
 
@@ -91,6 +92,17 @@ def test_a_clipped_contribution_is_not_rounded_after_its_norm_was_taken() -> Non
             tiles = Tiles(16, 16, 16, 4, 2, ROWS=few)
             out = module.launch(g, a, torch.tensor([factor]), tiles, (POINTERS, POINTERS), "ieee")
         assert float(out.norm()) == pytest.approx(1 + 2.0**-8 * 1.01, rel=1e-6)
+
+
+@pytest.mark.parametrize("length", [10, 40])
+def test_factors_of_any_size_meet(length: int) -> None:
+    # The total changes its unit from sample to sample: neither a huge nor a tiny one may be lost, nor those around a dropped one.
+    factors = torch.tensor([0.0, 1e-18, 1.0, 0.0, 1e12, 3e-7, 0.0])
+    g, a = torch.randn(7, length, 20) / factors[:, None, None], torch.randn(7, length, 24)
+    for split in (1, 3):
+        with interpreted_launches():
+            out = module.launch(g, a, factors, Tiles(16, 16, 16, 4, 2, SPLIT=split), (POINTERS, POINTERS), "ieee")
+        assert_equals_loops(out.double().sum(0), g, a, factors)
 
 
 def test_eager_launch_takes_the_tiles_of_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from flashnorm_compile.templates import clipped_sum, many_gradients, noise, per_layer, weight_grads, weighted_sum  # noqa: F401
+from flashnorm_compile.templates import clipped_sum, clipped_sums, many_gradients, noise, per_layer, weight_grads, weighted_sum  # noqa: F401
 from helpers import FORMS, on_device, operand
 from torch import Tensor
 
@@ -62,6 +62,23 @@ def test_clipped_sums(shape: tuple[int, int, int, int], dtype: torch.dtype, form
     scaled = torch.where((factors != 0)[:, None, None], g.double() * factors.double()[:, None, None], 0)
     kept = torch.where((factors != 0)[:, None, None], a.double(), 0)
     assert_close(found, torch.einsum("btp,btd->pd", scaled, kept))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (6, 40, 256, 384)])
+def test_clipped_sums_of_several_products(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    batch, length, p, d = shape
+    gs, a_s = ([torch.randn(batch, length, width).to(dtype) for _ in range(40)] for width in (p, d))
+    factors = torch.rand(3, batch) + 0.01
+    if batch > 1:
+        factors[:, -1] = 0
+        for g in gs:
+            g[-1] = float("nan")
+    rows = [(5 * k + 1) % 3 for k in range(40)]
+    found = ops.clipped_sums([g.cuda() for g in gs], [a.cuda() for a in a_s], factors.cuda(), rows)
+    for total, g, a, row in zip(found, gs, a_s, rows, strict=True):
+        scaled = torch.where((factors[row] != 0)[:, None, None], g.double() * factors[row].double()[:, None, None], 0)
+        assert_close(total, torch.einsum("btp,btd->pd", scaled, a.double()))
 
 
 @pytest.mark.parametrize("store", [None, torch.bfloat16])
