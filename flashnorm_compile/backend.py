@@ -20,6 +20,7 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch.distributed.tensor import DTensor
 
 from . import dump, guard
+from .cells import split_cells
 from .distributed import ddp
 from .distributed.fully_shard import shardings
 from .distributed.groups import is_split, ranks_of
@@ -102,6 +103,7 @@ def compile_private(
     if ranks.data_ranks > 1 and _has_no_samples(nodes, specs):
         return EmptyBatch(gm.graph, specs, options)
     gm, inputs = with_handle(gm, example_inputs)
+    split_cells(gm)
     if ranks.model_group is not None:
         keep_layouts(gm, len(examples))
     specs = [replace(given, split=is_split(e, ranks.model_group)) for given, e in zip(specs, examples, strict=True)]

@@ -118,7 +118,7 @@ class Factored:
     @property
     def at_once(self) -> bool:
         """Whether the sum shares the launch that adds its noise. A large one is noised where it lies."""
-        few = 2 * self.wide_bytes <= kernels.BYTES_AT_ONCE and not self.plan.again
+        few = 4 * self.wide_bytes <= kernels.BYTES_AT_ONCE and not self.plan.again
         return few and kernels.fused(self.norms_sq.device) and not _reduced_later(self.gradient)
 
     def released(self, release: Release, sizes: Sizes) -> Tensor:
@@ -200,9 +200,7 @@ def released(parts: Sequence[Part], release: Release, sizes: Sizes, rerun: Rerun
     found = _noised_together(stored, release.factors, release)
     # Alike ones stand together, so that their sums share launches.
     sums = sorted((part for part in parts if isinstance(part, Factored) and part.at_once), key=_form)
-    for group in kernels.together(
-        sums, lambda part: _value(part.gradient).dtype, lambda part: part.wide_bytes, kernels.SUMS_AT_ONCE
-    ):
+    for group in kernels.together(sums, lambda part: _value(part.gradient).dtype, lambda part: part.wide_bytes):
         totals = [(p.gradient, _real(t).unsqueeze(0)) for p, t in zip(group, _summed(group, release, sizes), strict=True)]
         found |= _noised_together(totals, release.factors.new_ones((release.factors.shape[0], 1)), release)
     for p in sorted((p for p in parts if p.gradient.row not in found), key=lambda p: _turn(p, rerun)):

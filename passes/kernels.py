@@ -28,10 +28,9 @@ from .sample_types import expression
 
 ops = torch.ops.flashnorm
 T = TypeVar("T")
-# What one call releases at most: the per-sample gradients that go into it live until it ends.
-BYTES_AT_ONCE = 1 << 25
-# The same of clipped sums, in float32: seven of [3072, 768] have as many tiles as an H200 runs in four turns.
-SUMS_AT_ONCE = 1 << 26
+# What one call releases at most: the per-sample gradients and the sums that go into it live until it ends. Seven sums of
+# [3072, 768] have as many tiles as an H200 runs in four turns.
+BYTES_AT_ONCE = 1 << 26
 
 
 def fused(device: torch.device) -> bool:
@@ -105,17 +104,15 @@ def sums_of_products(products: Sequence[tuple[Outer, int]], factors: Tensor) -> 
     return [found[k] for k in range(len(products))]
 
 
-def together(
-    parts: Sequence[T], kind: Callable[[T], Hashable], nbytes: Callable[[T], int], limit: int = BYTES_AT_ONCE
-) -> Iterator[list[T]]:
-    """Parts in groups for one launch each: of one kind, no more than a launch takes, no more bytes than ``limit``."""
+def together(parts: Sequence[T], kind: Callable[[T], Hashable], nbytes: Callable[[T], int]) -> Iterator[list[T]]:
+    """Parts in groups for one launch each: of one kind, no more than a launch takes, no more bytes than ``BYTES_AT_ONCE``."""
     kinds: dict[Hashable, list[T]] = {}
     for part in parts:
         kinds.setdefault(kind(part), []).append(part)
     for alike in kinds.values():
         group: list[T] = []
         for part in alike:
-            full = len(group) == many_gradients.AT_ONCE or sum(map(nbytes, [*group, part])) > limit
+            full = len(group) == many_gradients.AT_ONCE or sum(map(nbytes, [*group, part])) > BYTES_AT_ONCE
             if group and full:
                 yield group
                 group = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch._inductor import ir
 from torch._inductor.codegen.common import WorkspaceArg, WorkspaceZeroMode
 from torch._inductor.kernel.bmm import aten_bmm
@@ -41,3 +42,14 @@ def run_after(operation: Any, buffer: str) -> None:
     dependencies = getattr(V.graph, "additional_buffer_deps", None)
     if dependencies is not None:
         dependencies[operation.get_operation_name()].add(buffer)
+
+
+def many_empty(shapes: Sequence[Any], strides: Sequence[Any], dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
+    """Uninitialized tensors. On a GPU by the function that Inductor's code calls: the device may wait, and ``torch.empty`` takes
+    four times as long."""
+    make = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+    if make is None or device.type != "cuda" or device.index != torch.cuda.current_device():
+        return [
+            torch.empty_strided(shape, stride, dtype=dtype, device=device) for shape, stride in zip(shapes, strides, strict=True)
+        ]
+    return [make(shape, stride, dtype) for shape, stride in zip(shapes, strides, strict=True)]

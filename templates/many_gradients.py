@@ -47,7 +47,12 @@ def _kernels() -> ModuleType | None:
 
 def _fits(grads: Sequence[Tensor]) -> bool:
     """Whether the kernels take these gradients: their indices have 32 bits."""
-    return grads[0].dtype in KERNEL_DTYPES and max(grad.numel() for grad in grads) < 2**30 * max(1, grads[0].shape[0])
+    limit = 2**30 * max(1, grads[0].shape[0])
+    return grads[0].dtype in KERNEL_DTYPES and max(map(Tensor.numel, grads)) < limit
+
+
+def _contiguous(grads: list[Tensor]) -> list[Tensor]:
+    return grads if all(map(Tensor.is_contiguous, grads)) else [grad.contiguous() for grad in grads]
 
 
 def squared_norms_aten(grads: list[Tensor]) -> Tensor:
@@ -64,7 +69,7 @@ def squared_norms_triton(grads: list[Tensor]) -> Tensor:
     kernels = _kernels()
     if not kernels or not _fits(grads):
         return squared_norms_aten(grads)
-    grads = [grad if grad.is_contiguous() else grad.contiguous() for grad in grads]
+    grads = _contiguous(grads)
     parts = [kernels.squared_norms(grads[begin : begin + AT_ONCE], CHUNK) for begin in range(0, len(grads), AT_ONCE)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -92,14 +97,14 @@ def weighted_sums_noise_triton(
     noise.check_arguments(grads[0], keys, std, max(rows))
     outs: list[Tensor] = []
     for begin in range(0, len(grads), AT_ONCE):
-        some = [grad if grad.is_contiguous() else grad.contiguous() for grad in grads[begin : begin + AT_ONCE]]
+        some = _contiguous(grads[begin : begin + AT_ONCE])
         outs += kernels.weighted_sums_noise(some, factors, keys, std, rows[begin : begin + AT_ONCE], dtype)
     return outs
 
 
 def _check(grads: Sequence[Tensor], factors: Tensor | None = None, rows: Sequence[int] = ()) -> None:
-    first = grads[0] if grads and grads[0].dim() else None
-    if first is None or any(not grad.dim() or grad.dtype != first.dtype or grad.size(0) != first.size(0) for grad in grads):
+    first = grads[0] if grads and all(map(Tensor.dim, grads)) else None
+    if first is None or len({grad.dtype for grad in grads}) > 1 or any(grad.size(0) != first.size(0) for grad in grads):
         shapes = [(grad.dtype, tuple(grad.shape)) for grad in grads]
         raise ValueError(f"flashnorm: many gradients of one type and number of samples are needed, got {shapes}.")
     if factors is not None and (

@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._prims_common import make_contiguous_strides_for
 
+from . import _compat
 from ._triton import ceil_div
 from .noise_triton import PHILOX, TILE, NoiseTile, sum_tile
 
@@ -111,16 +114,17 @@ def block_of(dtype: torch.dtype) -> int:
 
 def squared_norms(grads: Sequence[Tensor], chunk: int, block: int | None = None) -> Tensor:
     """float32 [K, B], in one launch; all gradients contiguous. ``chunk`` elements are added by one program."""
-    shapes, batch, device = _shapes(grads), grads[0].shape[0], grads[0].device
-    sizes, starts, even = _table(shapes, chunk)
-    slots = max(1, *(ceil_div(size, chunk) for size in sizes))
-    out = torch.zeros((len(sizes), batch), dtype=torch.float32, device=device)
-    partials = torch.empty((len(sizes), batch, slots), dtype=torch.float32, device=device)
-    counters = torch.zeros((len(sizes), batch), dtype=torch.int32, device=device)
+    forms, batch, device = forms_of(tuple([grad.shape for grad in grads])), grads[0].shape[0], grads[0].device
+    starts = _starts(forms.sizes, chunk)
+    slots = max(1, ceil_div(forms.largest, chunk))
+    out = torch.zeros((len(grads), batch), dtype=torch.float32, device=device)
+    partials = torch.empty((len(grads), batch, slots), dtype=torch.float32, device=device)
+    counters = torch.zeros((len(grads), batch), dtype=torch.int32, device=device)
     if batch * starts[-1]:
         squared_norms_kernel[(batch * starts[-1],)](
-            tuple(grads), out, partials, counters, batch, slots, STARTS=starts, SIZES=sizes, ROWS=_numbers(len(sizes)),
-            COUNT=len(sizes), CHUNK=chunk, BLOCK=block or block_of(grads[0].dtype), EVEN=even and _aligned(grads), num_warps=WARPS,
+            tuple(grads), out, partials, counters, batch, slots, STARTS=starts, SIZES=forms.sizes, ROWS=_numbers(len(grads)),
+            COUNT=len(grads), CHUNK=chunk, BLOCK=block or block_of(grads[0].dtype), EVEN=forms.even and _aligned(grads),
+            num_warps=WARPS,
         )  # fmt: skip
     return out
 
@@ -130,31 +134,41 @@ def weighted_sums_noise(
     tile: NoiseTile = TILE, generator: str = PHILOX.value,
 ) -> list[Tensor]:  # fmt: skip
     """``flashnorm::weighted_sums_noise`` in one launch; all gradients contiguous."""
-    shapes, device = _shapes(grads), factors.device
-    sizes, starts, even = _table(shapes, 4 * tile.counters * TILES)
-    outs = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
+    forms = forms_of(tuple([grad.shape for grad in grads]))
+    starts = _starts(forms.sizes, 4 * tile.counters * TILES)
+    outs = _compat.many_empty(forms.shapes, forms.strides, dtype, factors.device)
     if starts[-1]:
         weighted_sums_noise_kernel[(starts[-1],)](
             tuple(outs), tuple(grads), factors, keys, std, *factors.stride(), *keys.stride(), grads[0].shape[0],
-            STARTS=starts, SIZES=sizes, ROWS=tuple(rows), COUNT=len(outs), EVEN=even and _aligned(grads),
+            STARTS=starts, SIZES=forms.sizes, ROWS=tuple(rows), COUNT=len(outs), EVEN=forms.even and _aligned(grads),
             TILES=TILES, PARTS=keys.shape[1] == 5, COUNTERS=tile.counters, GENERATOR=generator, num_warps=WARPS,
         )  # fmt: skip
     return outs
 
 
-def _shapes(grads: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
-    """Those of one sample's gradients."""
-    return tuple([grad.shape[1:] for grad in grads])
+@dataclass(frozen=True)
+class Forms:
+    """Of one sample's gradients: shapes, contiguous strides, and elements; ``even``: all sizes are multiples of 8."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    strides: tuple[tuple[int, ...], ...]
+    sizes: tuple[int, ...]
+    largest: int
+    even: bool
 
 
 @functools.lru_cache(maxsize=4096)
-def _table(shapes: tuple[tuple[int, ...], ...], tile: int) -> tuple[tuple[int, ...], tuple[int, ...], bool]:
-    """Sizes, where each gradient's tiles begin and how many there are, and whether all sizes are multiples of 8.
+def forms_of(shapes: tuple[torch.Size, ...]) -> Forms:
+    """Of gradients [B, ...]. A step calls with the same shapes as the one before, and the device may be waiting for its calls."""
+    own = tuple(tuple(shape[1:]) for shape in shapes)
+    sizes = tuple(math.prod(shape) for shape in own)
+    strides = tuple(tuple(make_contiguous_strides_for(shape)) for shape in own)
+    return Forms(own, strides, sizes, max(sizes), all(size % 8 == 0 for size in sizes))
 
-    A step calls with the same shapes as the step before it, and every call is time in which the device may wait.
-    """
-    sizes = tuple(math.prod(shape) for shape in shapes)
-    return sizes, tiles_of(sizes, tile), all(size % 8 == 0 for size in sizes)
+
+@functools.lru_cache(maxsize=4096)
+def _starts(sizes: tuple[int, ...], tile: int) -> tuple[int, ...]:
+    return tiles_of(sizes, tile)
 
 
 @functools.cache
@@ -172,4 +186,4 @@ def tiles_of(sizes: Sequence[int], tile: int) -> tuple[int, ...]:
 
 def _aligned(tensors: Sequence[Tensor]) -> bool:
     """Whether loads of 16 bytes fit the first element of every tensor."""
-    return not any(tensor.data_ptr() % 16 for tensor in tensors)
+    return not any(address % 16 for address in map(Tensor.data_ptr, tensors))

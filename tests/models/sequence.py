@@ -63,6 +63,21 @@ class GruCell(nn.Module):
         return self.head(state)
 
 
+class LstmCell(nn.Module):
+    """An LSTM cell unrolled over time, without biases; both of its states are used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.LSTMCell(6, WIDTH, bias=False)
+        self.head = nn.Linear(2 * WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        states = None
+        for step in x.unbind(1):
+            states = self.cell(step, states)
+        return self.head(torch.cat(states, 1))
+
+
 class HandWrittenRnn(nn.Module):
     """An Elman cell from matrix products alone; returns every state."""
 
@@ -261,6 +276,7 @@ CASES = [
         **_TIME_FIRST,  # type: ignore[arg-type]
     ),
     _case("gru_cell", GruCell, _x(6), "x", 3),
+    _case("lstm_cell", LstmCell, _x(6), "x", 3),
     _case("hand_written_rnn", HandWrittenRnn, _x(6), "x", LENGTH, WIDTH),
     _case("tied_by_function", PositionedText, _ids, "ids", LENGTH, VOCABULARY),
     _case("position_embedding", lambda: PositionedText(False), _ids, "ids", LENGTH, VOCABULARY),
