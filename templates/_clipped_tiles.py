@@ -146,7 +146,7 @@ def tile_choices(sizes: tuple[int, ...], dtype: torch.dtype, device: Device, pre
 def _fitted(family: tuple[Tiles, ...], length: int, p: int, d: int) -> Iterator[Tiles]:
     """Tiles no larger than the weight and a sample; steps of rows where a sample would leave half of the smallest step empty."""
     few = length <= FEW_POSITIONS
-    found = {}
+    found: dict[tuple[int, int, int], Tiles] = {}
     for t in family:
         tiles = replace(t, BLOCK_P=narrowed(t.BLOCK_P, p), BLOCK_D=narrowed(t.BLOCK_D, d), ROWS=few)
         tiles = tiles if few else replace(tiles, BLOCK_T=narrowed(t.BLOCK_T, length))
