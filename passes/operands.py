@@ -37,14 +37,25 @@ def outer_values(factor: Factor, values: Values, sizes: Sizes) -> Outer:
     return Outer(right, left.mT) if factor.swapped else Outer(left.mT, right)
 
 
+# On a CPU, this much smaller than their product operands may be copied whole: Inductor scales them on the way to a plain product.
+SMALL_COPIES = 8
+
+
 def scaled_by_kernels(factors: Sequence[Factor], terms: Sequence[Outer | Rows], fused: bool) -> dict[fx.Node, Outer]:
     """Products in the orientation of their use, by use. A convolution's are those of its input's patches (``fused``); on a CPU
     its own weight gradient is faster."""
     found: dict[fx.Node, Outer] = {}
     for factor, term in zip(factors, terms, strict=True):
-        if isinstance(term, Outer) and (fused or not is_convolution(factor)):
+        if isinstance(term, Outer) and (fused or not (is_convolution(factor) or _is_small(term))):
             found[factor.use.node] = Outer(term.a_btd, term.g_btp) if factor.swapped else term
     return found
+
+
+def _is_small(term: Outer) -> bool:
+    """Whether scaled copies of both operands are small beside the product. A size that is not fixed counts as large."""
+    batch, length, p = term.g_btp.shape
+    d = term.a_btd.shape[2]
+    return all(isinstance(size, int) for size in (batch, length, p, d)) and SMALL_COPIES * batch * length * (p + d) <= p * d
 
 
 def _sides(use: Use, values: Values, sizes: Sizes) -> tuple[Tensor, Tensor]:

@@ -238,7 +238,8 @@ def clipped_sum_triton(g_btp: Tensor, a_btd: Tensor, factors_b: Tensor, dtype: t
 def clipped_sum_aten(g_btp: Tensor, a_btd: Tensor, factors_b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """In plain PyTorch, for every device: the smaller operand is scaled, and products are accumulated over chunks of B and T.
 
-    Holds a copy of one chunk: of the smaller operand, and of the other where it is narrower than float32, or a sample is dropped.
+    Holds a copy of one chunk: of the smaller operand, and of the other unless it is contiguous, float32 or wider, and no sample is
+    dropped.
     """
     _check(g_btp, a_btd, factors_b)
     batch, length, p = g_btp.shape
@@ -247,15 +248,19 @@ def clipped_sum_aten(g_btp: Tensor, a_btd: Tensor, factors_b: Tensor, dtype: tor
     if g_btp.numel() == 0 or a_btd.numel() == 0:
         return torch.zeros((p, d), dtype=dtype or wide, device=g_btp.device)
     total = torch.empty((p, d), dtype=wide, device=g_btp.device)
-    positions = min(length, max(1, _CPU_CHUNK // max(p, d)))
-    samples = max(1, _CPU_CHUNK // max(p, d) // length)
     factors = factors_b.to(wide)[:, None, None]
-    dropped = factors_b.device.type != "cpu" or bool((factors_b == 0).any())
+    dropped = factors_b.device.type != "cpu" or not factors_b.all()
+    as_it_is = not dropped and g_btp.dtype == wide and (a_btd if p <= d else g_btp).is_contiguous()
+    copied = min(p, d) if as_it_is else max(p, d)
+    positions = min(length, max(1, _CPU_CHUNK // copied))
+    samples = min(batch, max(1, _CPU_CHUNK // copied // length))
     for first in range(0, batch, samples):
         for start in range(0, length, positions):
-            chunk = slice(first, first + samples), slice(start, start + positions)
-            g, a, c = g_btp[chunk].to(wide), a_btd[chunk].to(wide), factors[first : first + samples]
-            g, a = (g * c, a) if p <= d else (g, a * c)
+            g, a, c = g_btp, a_btd, factors
+            if samples < batch or positions < length:
+                chunk = slice(first, first + samples), slice(start, start + positions)
+                g, a, c = g[chunk], a[chunk], c[chunk[0]]
+            g, a = (g.to(wide) * c, a.to(wide)) if p <= d else (g.to(wide), a.to(wide) * c)
             if dropped:
                 g, a = torch.where(c != 0, g, 0), torch.where(c != 0, a, 0)
             is_first = first == start == 0  # writes what the others add to
