@@ -35,11 +35,14 @@ class Rows:
     count: int | torch.SymInt
 
 
-def convolution_factors(grad: Tensor, source: Tensor, kernel: Sequence[int], settings: Sequence[Any]) -> Outer:
+def convolution_factors(
+    grad: Tensor, source: Tensor, kernel: Sequence[int], settings: Sequence[Any], channels_last: bool = False
+) -> Outer:
     """A convolution's weight gradient as a product over output positions: patches of the input times gradients.
 
     ``grad`` [B, K, O, *out], ``source`` [B, K, I, *in], one or two spatial dimensions; ``settings``: stride, padding,
-    dilation, transposed. A transposed convolution swaps the two operands' roles.
+    dilation, transposed. A transposed convolution swaps the two operands' roles. ``channels_last``: patches have their channels
+    last, which suits norms alone.
     """
     stride, padding, dilation, transposed = settings
     rows, patched = (source, grad) if transposed else (grad, source)
@@ -48,11 +51,28 @@ def convolution_factors(grad: Tensor, source: Tensor, kernel: Sequence[int], set
     if len(kernel) == 1:
         flat, kernel = flat.unsqueeze(2), (1, *kernel)
         stride, padding, dilation = (1, *stride), (0, *padding), (1, *dilation)
-    patches_bdt = torch.ops.aten.im2col(flat, kernel, dilation, padding, stride)
+    of = _patches_channels_last if channels_last else _patches
+    patches_btd = of(flat, kernel, stride, padding, dilation)
     rows_bpt = rows.flatten(0, 1).flatten(2)
-    patches_bdt = patches_bdt[:, :, : rows_bpt.shape[2]]
-    a = patches_bdt.mT.reshape(batch, images * rows_bpt.shape[2], patches_bdt.shape[1])
+    patches_btd = patches_btd[:, : rows_bpt.shape[2]]
+    a = patches_btd.reshape(batch, images * rows_bpt.shape[2], patches_btd.shape[2])
     return Outer(rows_bpt.mT.reshape(batch, images * rows_bpt.shape[2], rows_bpt.shape[1]), a)
+
+
+def _patches(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Tensor:
+    """[N, T, d]: what each output position of a convolution over ``x`` [N, C, H, W] reads, ordered as the kernel's elements."""
+    return torch.ops.aten.im2col(x, kernel, dilation, padding, stride).mT
+
+
+def _patches_channels_last(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    """The same in another order, which norms do not depend on: a patch is then a few runs of channels, and not one index for each
+    element."""
+    windows = torch.nn.functional.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+    for axis in (0, 1):
+        windows = windows.unfold(2 + axis, dilation[axis] * (kernel[axis] - 1) + 1, stride[axis])[..., :: dilation[axis]]
+    return windows.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
 
 
 # Below this share of what its terms could add up to, a sum of terms has lost its digits in float32, whatever computes it.

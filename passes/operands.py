@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
+from . import kernels
 from .factored import Factor, is_convolution, unwidened
 from .factors import Outer, Rows, convolution_factors
 from .match import Use, write_operands
@@ -28,7 +29,8 @@ def factor_values(factor: Factor, values: Values, sizes: Sizes) -> Outer | Rows:
     grad, source, weight = use.operation.args[:3]
     settings = [use.operation.args[i] for i in (4, 5, 6, 7)]
     grads, sources = (samples_first(values[leaf], use.axes[i], sizes) for i, leaf in enumerate((grad, source)))
-    return convolution_factors(grads, sources, values[weight].shape[2:], settings)
+    norms_alone = not kernels.fused(grads.device)  # see scaled_by_kernels
+    return convolution_factors(grads, sources, values[weight].shape[2:], settings, channels_last=norms_alone)
 
 
 def outer_values(factor: Factor, values: Values, sizes: Sizes) -> Outer:

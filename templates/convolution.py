@@ -47,8 +47,15 @@ def conv_weight_grads(
     weight = grad.new_empty(()).expand(*weight_shape)  # only its shape is read
     settings = (stride, padding, dilation, transposed, output_padding, groups, only_weight)
     for sample in range(samples):
-        out[sample] = aten.convolution_backward(grad[sample], source[sample], weight, None, *settings)[1]
+        own = (_images(grad, sample), _images(source, sample))
+        out[sample] = aten.convolution_backward(*own, weight, None, *settings)[1]
     return out
+
+
+def _images(x: Tensor, sample: int) -> Tensor:
+    """A sample's images [K, C, *sizes]. A single one has the stride of samples: by another, PyTorch does not see that channels lie
+    last, and copies."""
+    return x[sample : sample + 1, 0] if x.shape[1] == 1 else x[sample]
 
 
 def _fake(grad: Tensor, source: Tensor, weight_shape: Sequence[int], *_: object) -> Tensor:

@@ -209,7 +209,7 @@ def aten_flash_norm(g_btp: Tensor, a_btd: Tensor) -> Tensor:
     batch, length, p = g_btp.shape
     d = a_btd.shape[2]
     accumulator = torch.promote_types(g_btp.dtype, torch.float32)
-    norms = torch.zeros(batch, dtype=accumulator, device=g_btp.device)
+    lengths = torch.empty((batch, p), dtype=accumulator, device=g_btp.device)  # of each sample's rows
     samples = min(max(1, batch), max(1, _CPU_CHUNK // max(1, p * d, length * (p + d))))
     rows = max(1, min(p, _CPU_CHUNK // max(1, d)))
     place = torch.empty((samples, rows, d), dtype=accumulator, device=g_btp.device)
@@ -217,11 +217,11 @@ def aten_flash_norm(g_btp: Tensor, a_btd: Tensor) -> Tensor:
         few = slice(b, b + samples)
         a = a_btd[few].to(accumulator)
         for row in range(0, p, rows):
-            g = g_btp[few, :, row : row + rows].to(accumulator)
+            some = slice(row, row + rows)
+            g = g_btp[few, :, some].to(accumulator)
             product = torch.bmm(g.mT, a, out=place[: len(g), : g.shape[2]])
-            # In two steps: of whole rows the sum is far faster than of whole products.
-            norms[few] += torch.linalg.vector_norm(torch.linalg.vector_norm(product, dim=2), dim=1).square()
-    return norms.float()
+            torch.linalg.vector_norm(product, dim=2, out=lengths[few, some])
+    return lengths.square_().sum(1).float()
 
 
 def _check(g_btp: Tensor, a_btd: Tensor) -> None:
