@@ -42,9 +42,9 @@ def assert_equals_each(out: Tensor, gs: list[Tensor], a_s: list[Tensor], factors
         torch.testing.assert_close(found.double(), expected, rtol=RTOL, atol=RTOL * float(expected.abs().max()))
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(
-    count=st.integers(1, 4), batch=st.integers(1, 3), length=st.integers(1, 40), p=st.integers(1, 40), d=st.integers(1, 40),
+    count=st.integers(1, 4), batch=st.integers(1, 3), length=st.integers(1, 40), p=st.integers(1, 9), d=st.integers(1, 9),
     dtype=st.sampled_from(DTYPES), split=st.integers(1, 3), layout=st.sampled_from([POINTERS, ROWS]), drop=st.booleans(),
     seed=st.integers(0, 99),
 )  # fmt: skip
@@ -52,7 +52,7 @@ def test_kernel_equals_loops(
     count: int, batch: int, length: int, p: int, d: int, dtype: torch.dtype, split: int, layout: int, drop: bool, seed: int
 ) -> None:
     torch.manual_seed(seed)
-    sizes = (batch, length, 8 * p if layout == ROWS else p, 8 * d if layout == ROWS else d)  # rows of whole 16 bytes
+    sizes = (batch, length, 8 * p, 8 * d) if layout == ROWS else (batch, length, 5 * p, 4 * d)  # ROWS: of whole 16 bytes
     gs, a_s, factors, rows = problem(count, sizes, dtype, drop)
     tiles = Tiles(32, 16, 16, 4, 2, SPLIT=split)
     with interpreted_launches(seed):
