@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.nn.functional import linear
+from torch.utils import _pytree as pytree
 
 
 def split_cells(gm: fx.GraphModule) -> None:
@@ -22,7 +23,7 @@ def split_cells(gm: fx.GraphModule) -> None:
         with graph.inserting_before(node):
             traced = partial(fx.Proxy, tracer=fx.proxy.GraphAppendingTracer(graph))
             args, kwargs = fx.map_arg((node.args, node.kwargs), traced)
-            result = write(*args, **kwargs)
+            result = pytree.tree_map(_alike, write(*args, **kwargs), node.meta["example_value"])
         while (last := last.next) is not node:
             last.meta = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
         _replace(node, result)
@@ -47,6 +48,11 @@ def _lstm(
 
 
 _CELLS: Mapping[Any, Callable[..., Any]] = {torch.gru_cell: _gru, torch.lstm_cell: _lstm}
+
+
+def _alike(result: fx.Proxy, example: Tensor) -> fx.Proxy:
+    """In the type that the cell has given: under autocast a GPU computes all of it in the lower one."""
+    return result.to(example.dtype)
 
 
 def _replace(node: fx.Node, result: fx.Proxy | tuple[fx.Proxy, ...]) -> None:

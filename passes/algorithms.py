@@ -143,16 +143,17 @@ def _clipped(use: Use, products: Mapping[fx.Node, Tensor], values: Values, facto
 
 
 def _summed(parts: Sequence[Factored], release: Release, sizes: Sizes) -> list[Tensor]:
-    """The clipped sums of several parameters; products of one shape share a launch."""
-    uses = [
-        (use.node, part.products[use.node], part.gradient.row)
-        for part in parts
-        for use in part.gradient.uses
-        if use.node in part.products
+    """The clipped sums of several parameters; products of one shape share a launch.
+
+    Parameters that are added before they are used have one and the same product, and each takes its own factors of it.
+    """
+    nodes = [[use.node for use in part.gradient.uses if use.node in part.products] for part in parts]
+    products = [(part.products[node], part.gradient.row) for part, own in zip(parts, nodes, strict=True) for node in own]
+    sums = iter(kernels.sums_of_products(products, release.factors))
+    return [
+        part.summed({node: next(sums) for node in own}, release.factors[part.gradient.row], sizes)
+        for part, own in zip(parts, nodes, strict=True)
     ]
-    sums = kernels.sums_of_products([(product, row) for _, product, row in uses], release.factors)
-    products = {node: total for (node, _, _), total in zip(uses, sums, strict=True)}
-    return [part.summed(products, release.factors[part.gradient.row], sizes) for part in parts]
 
 
 Part = Gradients | Stored | Factored

@@ -21,6 +21,7 @@ from flashnorm_compile.passes.costs import Product
 from flashnorm_compile.passes.factored import unwidened
 from flashnorm_compile.passes.peaks import DATASHEETS
 from flashnorm_compile.templates import sample_products
+from models.case import Case, squared_error, weights_and_noise
 from models.zoo import ZOO
 from oracle import assert_agree, case_gradients, check, clip, gradients_of, halving_options
 from torch import Tensor, fx, nn
@@ -45,6 +46,24 @@ def _operators() -> Iterator[None]:
 @pytest.mark.parametrize("name", NAMES)
 def test_oracle(name: str, algorithm: str) -> None:
     check(ZOO[name], norm_algorithm=algorithm)
+
+
+class Added(nn.Module):
+    """One product, of which both layers' weights get the gradient; only one layer has a bias, so that their norms differ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 5), nn.Linear(6, 5, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(nn.functional.linear(x, self.first.weight + self.second.weight, self.first.bias)).sum(1)
+
+
+@pytest.mark.usefixtures("_operators")
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_parameters_of_one_product_take_their_own_factors(algorithm: str) -> None:
+    case = Case("added", Added, lambda batch: {"x": torch.randn(batch, 7, 6)}, squared_error, weights_and_noise("x", 5))
+    check(case, clipping="per_layer", norm_algorithm=algorithm)
 
 
 @pytest.mark.cuda
