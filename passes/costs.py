@@ -14,28 +14,36 @@ from dataclasses import dataclass, field
 import sympy
 import torch
 
-from .factors import BLOCKS, SHORTEST_IN_BLOCKS
 from .peaks import Peaks
 from .sample_types import Expr
 
 ZERO = sympy.S.Zero
-# Norms and sums are kept in float32, inner products of ghost norms in float64 (see factors.squared_norms).
+# Norms and sums are kept in float32, inner products for tables that are also looked up in float64 (see factors.squared_norms).
 WIDE, GRAM = 4, 8
+# Positions of a block of the CPU's ghost norms: blocks on the diagonal are computed whole.
+_BLOCK = 8
+# Launches of ATen's that a call of an operator from Python takes as long as.
+CALL = sympy.Integer(12)
 
 
 @dataclass(frozen=True)
 class Kernel:
     """One pass over memory. ``dtype`` is that of a matrix product's operands; element-wise work counts as traffic only.
-    ``launches``: 0 where it shares a launch with many others."""
+    ``launches``: 0 where it shares a launch with many others. ``inner``: inner products in float32 by ``ghost_cpu.cpp``."""
 
     flops: Expr = ZERO
     traffic: Expr = ZERO
     dtype: torch.dtype = torch.float32
     launches: Expr = sympy.S.One
+    inner: bool = False
+
+    def rate(self, peaks: Peaks) -> float:
+        """FLOPs per second."""
+        return peaks.flops_inner if self.inner else peaks.flops(self.dtype)
 
     def seconds(self, peaks: Peaks, number: Callable[[Expr], float]) -> float:
         """Its time, with ``number`` giving every size a value."""
-        work = max(number(self.flops) / peaks.flops(self.dtype), number(self.traffic) / peaks.bandwidth)
+        work = max(number(self.flops) / self.rate(peaks), number(self.traffic) / peaks.bandwidth)
         return work + number(self.launches) * peaks.launch
 
 
@@ -130,12 +138,16 @@ def scaled_sum(product: Product) -> tuple[Kernel, ...]:
     return Kernel(traffic=(product.dtype.itemsize + WIDE) * smaller), total
 
 
+def inner_norm(product: Product) -> Kernel:
+    """Norms from inner products of positions, those of half of the pairs."""
+    flops = product.batch * product.length * (product.length + _BLOCK) * (product.p + product.d)
+    return Kernel(flops, product.operands, product.dtype, CALL, product.dtype != torch.float64)
+
+
 def gram_norm(product: Product) -> tuple[Kernel, ...]:
-    """Norms from inner products of positions: both T x T matrices in float64, in memory, a block of rows at a time; and one look at
-    the operands for what rounding may hide."""
+    """Norms from inner products of positions: both T x T matrices in float64, in memory; and one look at the operands for what
+    rounding may hide."""
     flops = 2 * product.batch * product.length**2 * (product.p + product.d)
-    if not product.length.is_Integer or product.length >= SHORTEST_IN_BLOCKS:
-        flops *= sympy.Rational(BLOCKS + 1, 2 * BLOCKS)
     grams = GRAM * product.batch * product.length**2
     widen = Kernel(traffic=(1 + sympy.Rational(GRAM, product.dtype.itemsize)) * product.operands)
     copies = sympy.Rational(GRAM, product.dtype.itemsize) * product.operands

@@ -47,7 +47,7 @@ def _femtoseconds(cost: Cost, peaks: Peaks) -> Expr:
     """``Cost.seconds`` with whole coefficients."""
 
     def one(kernel: Any) -> Expr:
-        flops = round(_FEMTOSECONDS / peaks.flops(kernel.dtype)) * kernel.flops
+        flops = round(_FEMTOSECONDS / kernel.rate(peaks)) * kernel.flops
         traffic = round(_FEMTOSECONDS / peaks.bandwidth) * kernel.traffic
         return sympy.Max(flops, traffic) + round(_FEMTOSECONDS * peaks.launch) * kernel.launches
 

@@ -88,27 +88,42 @@ def wide(x: Tensor) -> Tensor:
 def squared_norms(terms: Sequence[Outer | Rows]) -> Tensor:
     """[B]: the squared norm of each sample's sum of terms, never less than rounding can make the released sum.
 
-    Inner products of factors cancel where terms do, so they are taken in float64; where terms cancel so far that their sum in
-    float32 is rounding error, the norm counts as ``CANCELLED`` times the sum of the terms' norms: clipped harder, never less.
+    Inner products of factors cancel where terms do. ``flashnorm::ghost_norm`` sees to that for products alone; for a table that is
+    also looked up they are taken in float64. Where terms cancel so far that their sum in float32 is rounding error, the norm counts
+    as ``CANCELLED`` times the sum of the terms' norms: clipped harder, never less.
     """
     outers = [term for term in terms if isinstance(term, Outer)]
     rows = [term for term in terms if isinstance(term, Rows)]
+    if not rows:
+        return product_norms(outers)
     parts, reach = [], []
     if outers:
         outer = Outer(_joined([o.g_btp for o in outers]), _joined([o.a_btd for o in outers]))
-        if not rows and outer.g_btp.shape[1] == 1:
-            return outer.g_btp.square().sum((1, 2)) * outer.a_btd.square().sum((1, 2))
         reach.append(reach_of(outer))
         outer = Outer(outer.g_btp.double(), outer.a_btd.double())
         parts.append(outer_norms(outer))
-    if rows:
-        row = Rows(torch.cat([r.ids_bt for r in rows], 1), _joined([r.g_btd for r in rows]), rows[0].count)
-        reach.append(reach_of_rows(row))
-        parts.append(row_norms(row).double())
-    if outers and rows:
+    row = Rows(torch.cat([r.ids_bt for r in rows], 1), _joined([r.g_btd for r in rows]), rows[0].count)
+    reach.append(reach_of_rows(row))
+    parts.append(row_norms(row).double())
+    if outers:
         parts.append(2 * cross_products(outer, Rows(row.ids_bt, row.g_btd.double(), row.count)))
     least = (CANCELLED * sum(reach[1:], reach[0]).double()).square()
     return torch.maximum(sum(parts[1:], parts[0]), least)
+
+
+def product_norms(terms: Sequence[Outer]) -> Tensor:
+    """[B]: the same for products alone."""
+    outer = joined(terms)
+    if isinstance(outer.g_btp.shape[1], int) and outer.g_btp.shape[1] == 1:  # an outer product: its norm is that of its factors
+        return wide(outer.g_btp).square().sum((1, 2)) * wide(outer.a_btd).square().sum((1, 2))
+    return torch.ops.flashnorm.ghost_norm(outer.g_btp, outer.a_btd)
+
+
+def joined(terms: Sequence[Outer]) -> Outer:
+    """Several uses of one weight are one longer contraction."""
+    if len(terms) == 1:
+        return terms[0]
+    return Outer(torch.cat([term.g_btp for term in terms], 1), torch.cat([term.a_btd for term in terms], 1))
 
 
 def squared_products(terms: Sequence[Outer]) -> Tensor:
@@ -140,27 +155,9 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return wide(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
 
 
-# Inner products are symmetric: with this many blocks of positions, (BLOCKS + 1) / (2 BLOCKS) of them are computed.
-BLOCKS, SHORTEST_IN_BLOCKS = 4, 128
-
-
-def blocks(length: int) -> list[tuple[int, int]]:
-    """First position of each block and the one behind its last."""
-    step = -(-length // BLOCKS)
-    return [(first, min(first + step, length)) for first in range(0, length, step)]
-
-
 def outer_norms(term: Outer) -> Tensor:
-    """``||G_b^T A_b||^2 = sum_ts (g_t . g_s)(a_t . a_s)``; blocks of positions with t >= s, those below the diagonal twice."""
-    length = term.g_btp.shape[1]
-    if not isinstance(length, int) or length < SHORTEST_IN_BLOCKS:
-        return (torch.bmm(term.g_btp, term.g_btp.mT) * torch.bmm(term.a_btd, term.a_btd.mT)).sum((1, 2))
-    total = term.g_btp.new_zeros(term.g_btp.shape[0])
-    for first, last in blocks(length):
-        g = torch.bmm(term.g_btp[:, first:last], term.g_btp[:, :last].mT)
-        products = g * torch.bmm(term.a_btd[:, first:last], term.a_btd[:, :last].mT)
-        total = total + 2 * products[:, :, :first].sum((1, 2)) + products[:, :, first:].sum((1, 2))
-    return total
+    """``||G_b^T A_b||^2 = sum_ts (g_t . g_s)(a_t . a_s)``."""
+    return (torch.bmm(term.g_btp, term.g_btp.mT) * torch.bmm(term.a_btd, term.a_btd.mT)).sum((1, 2))
 
 
 def row_norms(term: Rows) -> Tensor:

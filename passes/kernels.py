@@ -1,7 +1,8 @@
 """The same quantities as in factors.py and replay.py through the ``flashnorm::`` operators, which are fused kernels on a GPU.
 
 On a CPU Inductor fuses compositions of ATen operators into better code than a call of an operator would be, so they stay there, but
-for the sums: those go through operators one after another, or all their operands would be alive at once.
+for norms of products (factors.py) and for the sums: those go through operators one after another, or all their operands would be
+alive at once.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ..templates import (  # noqa: F401 - the operators
     tied_cross_term,
     weight_grads,
 )
-from .factors import CANCELLED, Outer, Rows, reach_of, reach_of_rows, wide
+from .factors import CANCELLED, Outer, Rows, joined, product_norms, reach_of, reach_of_rows
 from .sample_types import expression
 
 ops = torch.ops.flashnorm
@@ -43,30 +44,29 @@ def squared_norms(terms: list[Outer | Rows]) -> Tensor:
     outers = [term for term in terms if isinstance(term, Outer)]
     rows = [term for term in terms if isinstance(term, Rows)]
     if not rows:
-        g, a = _joined(outers)
-        if isinstance(g.shape[1], int) and g.shape[1] == 1:  # an outer product: its norm is that of its factors
-            return wide(g).square().sum((1, 2)) * wide(a).square().sum((1, 2))
-        return ops.ghost_norm(g, a)
+        return product_norms(outers)
     row = Rows(torch.cat([r.ids_bt for r in rows], 1), torch.cat([r.g_btd for r in rows], 1), rows[0].count)
     if not outers:
         return ops.embedding_norm(row.g_btd, row.ids_bt, row.count)
-    g, a = _joined(outers)
+    outer = joined(outers)
+    g, a = outer.g_btp, outer.a_btd
     dtype = torch.promote_types(g.dtype, row.g_btd.dtype)
     cross, size = ops.tied_cross_term(row.g_btd.to(dtype), row.ids_bt, g.to(dtype), a.to(dtype))
     total = ops.ghost_norm(g, a) + ops.embedding_norm(row.g_btd, row.ids_bt, row.count) + cross + ghost_norm.ROUNDING * size
-    return torch.maximum(total, (CANCELLED * (reach_of(Outer(g, a)) + reach_of_rows(row))).square().float())
+    return torch.maximum(total, (CANCELLED * (reach_of(outer) + reach_of_rows(row))).square().float())
 
 
 def squared_products(terms: list[Outer]) -> Tensor:
     """float32 [B]: ``factors.squared_products`` ("flash")."""
-    g, a = _joined(terms)
-    return torch.maximum(ops.flash_norm(g, a), (CANCELLED * reach_of(Outer(g, a))).square().float())
+    outer = joined(terms)
+    return torch.maximum(ops.flash_norm(outer.g_btp, outer.a_btd), (CANCELLED * reach_of(outer)).square().float())
 
 
 def products(terms: list[Outer], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Every sample's sum of products [B, p, d] in ``dtype``, and the squared norms of what is stored, float32 [B], if the same
     kernel gives them."""
-    g, a = _joined(terms)
+    outer = joined(terms)
+    g, a = outer.g_btp, outer.a_btd
     if g.dtype == dtype and by_library(g.shape[1]):
         return ops.sample_products(g, a), None
     return ops.weight_grads(g, a, dtype)  # type: ignore[no-any-return]
@@ -76,13 +76,6 @@ def by_library(positions: object) -> bool:
     """Whether gradients of samples this long come from the device's library; a length that is not fixed counts as long."""
     fixed = int(positions) if isinstance(positions, (int, sympy.Integer)) else None
     return fixed is None or fixed >= sample_products.FROM_POSITIONS
-
-
-def _joined(terms: list[Outer]) -> tuple[Tensor, Tensor]:
-    """Several uses of one weight are one longer contraction."""
-    if len(terms) == 1:
-        return terms[0].g_btp, terms[0].a_btd
-    return torch.cat([term.g_btp for term in terms], 1), torch.cat([term.a_btd for term in terms], 1)
 
 
 def sums_of_products(products: Sequence[tuple[Outer, int]], factors: Tensor) -> list[Tensor]:

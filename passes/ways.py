@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from . import fused_costs, kernels
-from .costs import GRAM, WIDE, ZERO, Cost, Kernel, Product, dense_norm_and_sum, gram_norm, scaled_sum
+from .costs import CALL, WIDE, ZERO, Cost, Kernel, Product, dense_norm_and_sum, gram_norm, inner_norm, scaled_sum
 from .factored import Factor, contraction_length, factored, is_convolution, unwidened
 from .match import SCATTERS, ParameterGradient
 from .memory import owner_of
@@ -155,8 +155,7 @@ def _ghost(gradient: ParameterGradient, factors: tuple[Factor, ...], product: Pr
     replaced: tuple[Kernel, ...] = ()
     rows = [f for f in factors if f.kind == "rows"]
     if product is not None:
-        norm = (Kernel(traffic=2 * product.operands),) if product.length == 1 else gram_norm(product)
-        parts += norm + scaled_sum(product)
+        parts += _norm(product, bool(rows)) + scaled_sum(product)
         replaced += (product.summed(),)
     if rows:
         width = ctx.shape(rows[0].use.operation)[-1]
@@ -165,14 +164,21 @@ def _ghost(gradient: ParameterGradient, factors: tuple[Factor, ...], product: Pr
         if product is not None:
             cross = product.length * sympy.Add(*(contraction_length(f, ctx) for f in rows)) * ctx.batch
             parts += (Kernel(2 * cross * width, 3 * WIDE * cross, torch.float64),)
-    # A convolution's input patches are written out, and once more in the inner products' type.
-    patches = product is not None and any(is_convolution(f) for f in factors)
-    held = (WIDE + GRAM) * product.batch * product.length * product.d if patches else ZERO  # type: ignore[union-attr]
+    held = ZERO
+    if product is not None and any(is_convolution(f) for f in factors):
+        patches = product.dtype.itemsize * product.batch * product.length * product.d
+        parts, held = (*parts, Kernel(traffic=2 * patches)), patches
     return Way("ghost", Cost(parts, replaced, held), factors, _kept(gradient), norms="ghost")
+
+
+def _norm(product: Product, looked_up: bool) -> tuple[Kernel, ...]:
+    if looked_up:
+        return gram_norm(product)
+    return (Kernel(traffic=2 * product.operands) if product.length == 1 else inner_norm(product),)
 
 
 def _flash(gradient: ParameterGradient, factors: tuple[Factor, ...], product: Product) -> Way:
     """Products per sample that are squared and added as they are made; then the sum from scaled operands."""
-    norm = (product.per_sample(), Kernel(traffic=product.dense_bytes), Kernel(traffic=product.operands))
+    norm = (product.per_sample(), Kernel(traffic=product.dense_bytes, launches=CALL), Kernel(traffic=product.operands))
     cost = Cost(norm + scaled_sum(product), (product.summed(),), ZERO)
     return Way("flash", cost, factors, _kept(gradient), norms="flash")

@@ -9,6 +9,7 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch._inductor.codecache import CppCodeCache
@@ -26,12 +27,19 @@ _FLAGS = ("-ftree-loop-vectorize", "-ffp-contract=fast", "-fno-math-errno")
 _WIDE_VECTORS = ("-mprefer-vector-width=512",) if platform.machine().lower() in ("x86_64", "amd64") else ()
 
 _POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
-_SIGNATURES = {
-    "flashnorm_add_noise": (_POINTER, _POINTER, _SIZE, _POINTER, _INT, _FLOAT, _INT, _INT, _INT),
-    "flashnorm_weighted_sum_noise": (
-        _POINTER, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _INT, _FLOAT, _INT, _INT, _INT,
-    ),
+_SIGNATURES: dict[str, dict[str, tuple[Any, ...]]] = {
+    "noise_cpu.cpp": {
+        "flashnorm_add_noise": (_POINTER, _POINTER, _SIZE, _POINTER, _INT, _FLOAT, _INT, _INT, _INT),
+        "flashnorm_weighted_sum_noise": (
+            _POINTER, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _POINTER, _INT, _FLOAT, _INT, _INT, _INT,
+        ),
+    },
+    "ghost_cpu.cpp": {"flashnorm_ghost_norm": (_POINTER, _POINTER, _POINTER, *[_SIZE] * 8, _INT)},
 }  # fmt: skip
+_WITHOUT = {
+    "noise_cpu.cpp": "Noise is drawn by a PyTorch implementation instead: as private, but about 40 times slower.",
+    "ghost_cpu.cpp": "Ghost norms are computed by PyTorch instead: as exact, but two to five times slower.",
+}
 
 
 @dataclass(frozen=True)
@@ -56,22 +64,37 @@ def _cpu_name() -> str:
 
 @functools.cache
 def noise_kernels() -> NoiseKernels | None:
-    """The C++ kernels, or None without a compiler.
+    """The C++ kernels for noise, or None without a compiler."""
+    functions = _built("noise_cpu.cpp")
+    return NoiseKernels(*functions) if functions else None
+
+
+@functools.cache
+def ghost_norm_kernel() -> Callable[..., None] | None:
+    """The function of ghost_cpu.cpp, or None without a compiler; pointers are passed as integers.
+
+    ``ghost_norm(g, a, out, batch, length, p, d, g_batch, g_row, a_batch, a_row, threads)``
+    """
+    functions = _built("ghost_cpu.cpp")
+    return functions[0] if functions else None
+
+
+def _built(name: str, *flags: str) -> list[Callable[..., None]] | None:
+    """The functions of one file, compiled with further ``flags``.
 
     Compiles on the first call on a machine (about two seconds), then loads from Inductor's cache folder, whose file
     locks make that safe for several processes.
     """
-    source = Path(__file__).with_name("noise_cpu.cpp").read_text(encoding="utf-8")
+    source = Path(__file__).with_name(name).read_text(encoding="utf-8")
     try:
-        library = CppCodeCache.load(f"// Processor: {_cpu_name()}\n{source}", extra_flags=(*_FLAGS, *_WIDE_VECTORS))
+        library = CppCodeCache.load(f"// Processor: {_cpu_name()}\n{source}", extra_flags=(*_FLAGS, *_WIDE_VECTORS, *flags))
     except (RuntimeError, OSError) as error:
         log.warning(
-            "The C++ noise kernel could not be built (%s). Noise is drawn by a PyTorch implementation instead: as "
-            "private, but about 40 times slower. Install a C++ compiler, or point CXX at one.",
-            error,
-        )
+            "The C++ kernels of %s could not be built (%s). %s Install a C++ compiler, or point CXX at one.",
+            name, error, _WITHOUT[name],
+        )  # fmt: skip
         return None
-    functions = [getattr(library, name) for name in _SIGNATURES]
-    for function, signature in zip(functions, _SIGNATURES.values(), strict=True):
+    functions = [getattr(library, function) for function in _SIGNATURES[name]]
+    for function, signature in zip(functions, _SIGNATURES[name].values(), strict=True):
         function.restype, function.argtypes = None, signature
-    return NoiseKernels(*functions)
+    return functions

@@ -20,7 +20,15 @@ from flashnorm_compile.options import Options
 OPTIONS: dict[str, Any] = {"max_grad_norm": 1.0, "noise_multiplier": 0.0, "memory_budget": 100.0}
 # Inner products are worth it up to some 20 positions of a layer of width 256 here; above, its gradients are stored.
 PEAKS = replace(
-    DATASHEETS[0], flops_half=1e9, flops_tf32=1e9, flops_float32=1e9, flops_float64=1e9, bandwidth=1e9, launch=0.0, source="a test"
+    DATASHEETS[0],
+    flops_half=1e9,
+    flops_tf32=1e9,
+    flops_float32=1e9,
+    flops_float64=1e9,
+    flops_inner=6e8,
+    bandwidth=1e9,
+    launch=0.0,
+    source="a test",
 )
 
 
@@ -99,7 +107,7 @@ def test_a_choice_that_was_asked_for_is_kept() -> None:
 
 def test_memory_decides_too() -> None:
     """Per-sample gradients of few positions are larger than everything else: below some length they no longer fit."""
-    fast = replace(PEAKS, flops_float64=1.0)  # no inner products
+    fast = replace(PEAKS, flops_inner=1.0)  # no inner products
     with mock.patch.object(plan, "peaks_of", return_value=fast):
         steps = Compilations(layers(4, 64), memory_budget=2.0)
         assert steps(4, 512) == 1
