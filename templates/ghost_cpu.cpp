@@ -14,6 +14,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -27,7 +28,7 @@ constexpr int kWidth = 4, kTileColumns = 4;
 #endif
 constexpr int kTileRows = 4;
 constexpr int kColumns = 8;
-constexpr int kPiece = 1024;
+constexpr int kPiece = 512;
 constexpr int kRows = 512;  // rows whose inner products are held at a time: 16 KiB of each matrix
 
 // Squared lengths below this may have lost terms that float32 cannot hold.
@@ -37,27 +38,23 @@ typedef float Vector __attribute__((vector_size(4 * kWidth), aligned(4), may_ali
 
 inline Vector load(const float* x) { return *reinterpret_cast<const Vector*>(x); }
 
-// Sums of neighbours: those of x, then those of y.
-inline Vector neighbours(Vector x, Vector y) {
-#if defined(__AVX512F__)
-  return __builtin_shufflevector(x, y, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
-         __builtin_shufflevector(x, y, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-#elif defined(__AVX__)
-  return __builtin_shufflevector(x, y, 0, 2, 4, 6, 8, 10, 12, 14) + __builtin_shufflevector(x, y, 1, 3, 5, 7, 9, 11, 13, 15);
-#else
-  return __builtin_shufflevector(x, y, 0, 2, 4, 6) + __builtin_shufflevector(x, y, 1, 3, 5, 7);
-#endif
+// x's runs of Run lanes added in pairs, where the first of a pair lies; y's, where the second does.
+template <int Run, size_t... Lane>
+inline Vector folded(Vector x, Vector y, std::index_sequence<Lane...>) {
+  return __builtin_shufflevector(x, y, (Lane & Run ? kWidth + Lane : Lane)...) +
+         __builtin_shufflevector(x, y, (Lane & Run ? kWidth + Lane - Run : Lane + Run)...);
 }
 
 // The sums of kWidth vectors, in their order.
-template <int Count>
+template <int Count = kWidth>
 inline Vector totals(const Vector* x) {
   if constexpr (Count == 1) {
     return x[0];
   } else {
-    Vector half[Count / 2];
-    for (int i = 0; i < Count / 2; ++i) half[i] = neighbours(x[2 * i], x[2 * i + 1]);
-    return totals<Count / 2>(half);
+    constexpr int kHalf = Count / 2;
+    Vector half[kHalf];
+    for (int i = 0; i < kHalf; ++i) half[i] = folded<kHalf>(x[i], x[i + kHalf], std::make_index_sequence<kWidth>());
+    return totals<kHalf>(half);
   }
 }
 
@@ -72,20 +69,20 @@ inline void add_tile(const float* x, const float* y, int64_t x_stride, int64_t y
     for (int c = 0; c < Columns; ++c) right[c] = load(y + c * y_stride + k);
     for (int r = 0; r < Rows; ++r) {
       const Vector left = load(x + r * x_stride + k);
+      __builtin_prefetch(x + (r + Rows) * x_stride + k);  // the next tile's
       for (int c = 0; c < Columns; ++c) partial[r * Columns + c] += left * right[c];
     }
   }
   float products[kVectors];
   for (int i = 0; i < kVectors; i += kWidth) {
-    const Vector part = totals<kWidth>(partial + i);
+    const Vector part = totals(partial + i);
     std::memcpy(products + i, &part, sizeof part);
   }
+  for (; k < count; ++k)
+    for (int r = 0; r < Rows; ++r)
+      for (int c = 0; c < Columns; ++c) products[r * Columns + c] += x[r * x_stride + k] * y[c * y_stride + k];
   for (int r = 0; r < Rows; ++r)
-    for (int c = 0; c < Columns; ++c) {
-      float product = products[r * Columns + c];
-      for (int64_t rest = k; rest < count; ++rest) product += x[r * x_stride + rest] * y[c * y_stride + rest];
-      out[r * kColumns + c] += product;
-    }
+    for (int c = 0; c < Columns; ++c) out[r * kColumns + c] += products[r * Columns + c];
 }
 
 template <int Rows>
@@ -122,7 +119,8 @@ extern "C" void flashnorm_ghost_norm(const float* g, const float* a, double* out
   const int64_t blocks = (length + kColumns - 1) / kColumns, items = batch * blocks;
   std::vector<double> parts(3 * items);
   const int team = static_cast<int>(std::min<int64_t>(threads, items));
-#pragma omp parallel for schedule(dynamic) num_threads(team) if (team > 1)
+  const int64_t turn = std::max<int64_t>(1, items / (4 * std::max(team, 1)));
+#pragma omp parallel for schedule(dynamic, turn) num_threads(team) if (team > 1)
   for (int64_t item = 0; item < items; ++item) {
     const int64_t b = item / blocks, first = item % blocks * kColumns;
     const int columns = static_cast<int>(std::min<int64_t>(kColumns, length - first));
@@ -137,6 +135,7 @@ extern "C" void flashnorm_ghost_norm(const float* g, const float* a, double* out
         const float *gg = g_gram + r * kColumns, *aa = a_gram + r * kColumns;
         const int64_t t = row + r, own = t - first;
         double line = 0;
+#pragma omp simd reduction(+ : line)
         for (int c = 0; c < columns; ++c) line += static_cast<double>(gg[c]) * aa[c];
         sum += own < columns ? line : 2 * line;
         if (own >= columns) continue;
