@@ -41,6 +41,9 @@ $(VENV)/.bench: $(VENV)/.dev
 demo: $(VENV)/.demo ## Train a small GPT with DP-SGD on the Python standard library (3 minutes).
 	$(BIN)/python -m examples.demo $(ARGS)
 
+# Inductor reads the processor's vector instructions from the system; that the compiler knows them too takes it a quarter of a minute
+# to find out.
+test: export TORCHINDUCTOR_VEC_ISA_OK ?= 1
 test: $(VENV)/.dev ## Run the tests.
 	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
