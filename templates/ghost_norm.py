@@ -10,16 +10,20 @@
 
 Kernel. A persistent grid; one item is a tile pair (i, j), i <= j, of one sample's T x T products. Both Gram tiles are
 float32 [BLOCK, BLOCK] in registers, multiplied and summed there, and doubled off the diagonal. Each item has a slot of its own,
-[B, pairs, 2]; slots are added afterwards in float64 and in a fixed order. FLOPs: B * T * (T + BLOCK) * (p + d).
+[B, pairs, 4]; slots are added afterwards in float64 and in a fixed order. FLOPs: B * T * (T + BLOCK) * (p + d).
 
 What rounding may hide. These terms cancel where the gradient's own terms do, and float32 then holds rounding error. With
-``reach = sum_t |g_t| |a_t|``, which no norm exceeds and which the diagonal tiles give for free, the result is never below
+``reach = sum_t |g_t| |a_t|``, which no norm exceeds and which the diagonal tiles give for free, the norm is never below
 
-    max( sum + ROUNDING * reach^2,  (CANCELLED * reach)^2 ),
+    sqrt( max( sum + ROUNDING * reach^2,  (CANCELLED * reach)^2 ) ) + lost,
 
 so that a sample is clipped harder than by exact arithmetic, never less. ROUNDING is what float32 sums of this form lose at worst in
-practice, not a worst case over all inputs. On a CPU, where the first bound would be DOUBTFUL of the sum or more, or where float32
-has lost short rows, the sample's products are taken again in float64, and only the second bound is needed.
+practice, not a worst case over all inputs. ``lost``: the squares of a row shorter than SHORTEST may be less than float32 can hold, and
+beside a huge partner (an input of 1e18 in front of a layer that normalises) they matter; such a row counts with that length. Rows
+of zeros do too, which adds nothing that can be seen.
+
+On a CPU, where the first bound would be DOUBTFUL of the sum or more, or where short rows are not zero, the sample's products are
+taken again in float64, and only CANCELLED is needed.
 
 On a CPU a C++ kernel (ghost_cpu.cpp) takes float32 inner products of half of the pairs, a block of positions at a time; operands in
 half precision are widened for a few samples at a time. FLOPs: B * T * (T + 8) * (p + d). Without a compiler everything is taken
@@ -65,6 +69,8 @@ CANCELLED = 1e-3
 # Four roundings of float32: products, two accumulations, and the sum over a tile.
 ROUNDING = 2.0**-22
 DOUBTFUL = 2.0**-12
+# The square of a shorter row may lack terms that float32 cannot hold.
+SHORTEST = tl.constexpr(2.0**-48)
 _CPU_CHUNK = 1 << 22  # elements of float64 Gram matrices that the ATen form holds at a time
 _CPU_ROWS = 256
 
@@ -106,24 +112,32 @@ def ghost_norm_item(
     a_stride_b: tl.tensor, a_stride_t: tl.tensor, a_stride_w: tl.tensor,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, G_LAYOUT: tl.constexpr, A_LAYOUT: tl.constexpr, PRECISION: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """(sample, slot, [sum, reach]) of one item; items are ordered [B, slots], and slots beyond the pairs get 0."""
+    """(sample, slot, [sum, reach, lost, 0]) of one item; items are ordered [B, slots], and slots beyond the pairs get 0."""
     blocks = tl.cdiv(length, BLOCK)
     slot = item % slots
     b = item // slots
     total = 0.0
     reach = 0.0
+    lost = 0.0
     if slot < blocks * (blocks + 1) // 2:
         i, j = tile_pair(slot, blocks)
         row, column = i * BLOCK, j * BLOCK
+        own = tl.arange(0, BLOCK)[:, None] == tl.arange(0, BLOCK)[None, :]
+        gg = tl.zeros((BLOCK,), tl.float32)
         products = gram_tile(g, b, row, column, length, p, g_stride_b, g_stride_t, g_stride_w, BLOCK, BLOCK_K, G_LAYOUT, PRECISION)
-        products *= gram_tile(a, b, row, column, length, d, a_stride_b, a_stride_t, a_stride_w, BLOCK, BLOCK_K, A_LAYOUT, PRECISION)
-        total = tl.sum(products)
         if i == j:
-            own = tl.arange(0, BLOCK)[:, None] == tl.arange(0, BLOCK)[None, :]
-            reach = tl.sum(tl.sqrt(tl.sum(tl.where(own, products, 0.0), 1)))
+            gg = tl.sum(tl.where(own, products, 0.0), 1)
+        partners = gram_tile(a, b, row, column, length, d, a_stride_b, a_stride_t, a_stride_w, BLOCK, BLOCK_K, A_LAYOUT, PRECISION)
+        total = tl.sum(products * partners)
+        if i == j:
+            aa = tl.sum(tl.where(own, partners, 0.0), 1)
+            reach = tl.sum(tl.sqrt(gg) * tl.sqrt(aa))
+            lost = SHORTEST * tl.sum(tl.where(gg < SHORTEST * SHORTEST, tl.sqrt(aa), 0.0))
+            lost += SHORTEST * tl.sum(tl.where(aa < SHORTEST * SHORTEST, tl.sqrt(gg), 0.0))
         else:
             total *= 2
-    return b, slot, tl.where(tl.arange(0, 2) == 0, total, reach)
+    which = tl.arange(0, 4)
+    return b, slot, tl.where(which == 0, total, tl.where(which == 1, reach, tl.where(which == 2, lost, 0.0)))
 
 
 @jit
@@ -133,7 +147,7 @@ def ghost_norm_kernel(
     a_stride_b: tl.tensor, a_stride_t: tl.tensor, a_stride_w: tl.tensor,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, G_LAYOUT: tl.constexpr, A_LAYOUT: tl.constexpr, PRECISION: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Writes ``out`` [B, slots, 2], float32."""
+    """Writes ``out`` [B, slots, 4], float32."""
     g = open_operand(g_ptr, batch, length, p, g_stride_b, g_stride_t, g_stride_w, BLOCK, BLOCK_K, G_LAYOUT)
     a = open_operand(a_ptr, batch, length, d, a_stride_b, a_stride_t, a_stride_w, BLOCK, BLOCK_K, A_LAYOUT)
     for item in tl.range(tl.program_id(0), batch * slots, tl.num_programs(0)):
@@ -141,7 +155,7 @@ def ghost_norm_kernel(
             item, g, a, length, p, d, slots, g_stride_b, g_stride_t, g_stride_w, a_stride_b, a_stride_t, a_stride_w,
             BLOCK, BLOCK_K, G_LAYOUT, A_LAYOUT, PRECISION,
         )  # fmt: skip
-        tl.store(out_ptr + (b.to(tl.int64) * slots + pair) * 2 + tl.arange(0, 2), values)
+        tl.store(out_ptr + (b.to(tl.int64) * slots + pair) * 4 + tl.arange(0, 4), values)
 
 
 _TEMPLATE = """
@@ -155,13 +169,13 @@ from flashnorm_compile.templates._triton import open_operand
     slots = {{size(None, 1)}}
     g = open_operand(G, batch, length, p, {{stride("G")}}, BLOCK, BLOCK_K, G_LAYOUT)
     a = open_operand(A, batch, length, d, {{stride("A")}}, BLOCK, BLOCK_K, A_LAYOUT)
-    idx_which = tl.arange(0, 2)
-    mask = idx_which < 2
+    idx_which = tl.arange(0, 4)
+    mask = idx_which < 4
     for item in tl.range(tl.program_id(0), batch * slots, tl.num_programs(0)):
         idx_b, idx_pair, values = ghost_norm_item(
             item, g, a, length, p, d, slots, {{stride("G")}}, {{stride("A")}},
             BLOCK, BLOCK_K, G_LAYOUT, A_LAYOUT, PRECISION)
-        {{store_output(("idx_b", "idx_pair", "idx_which"), "values", "mask", indent_width=8, val_shape=("2",))}}
+        {{store_output(("idx_b", "idx_pair", "idx_which"), "values", "mask", indent_width=8, val_shape=("4",))}}
 """
 
 
@@ -212,7 +226,7 @@ def cpu_ghost_norm(g_btp: Tensor, a_btd: Tensor) -> Tensor:
         )  # fmt: skip
     total, reach, missing = parts.unbind(1)
     rounding = ROUNDING * reach.square()
-    sure = (rounding <= DOUBTFUL * total) & (missing.square() <= DOUBTFUL * rounding)  # not where anything is not finite
+    sure = total.isfinite() & (rounding <= DOUBTFUL * total) & (missing.square() <= DOUBTFUL * rounding)
     norms = (total + rounding).float()
     if not bool(sure.all()):
         again = (~sure).nonzero()[:, 0]
@@ -224,11 +238,11 @@ def _rows_contiguous(x: Tensor) -> Tensor:
     return x if 1 in (x.stride(2), x.shape[2]) else x.contiguous()
 
 
-def _bounded(slots_bn2: Tensor) -> Tensor:
+def _bounded(slots_bn4: Tensor) -> Tensor:
     """[B] from the slots, in float64."""
-    total, reach = slots_bn2.double().sum(1).unbind(1)
+    total, reach, lost, _ = slots_bn4.double().sum(1).unbind(1)
     square = reach.square()
-    return torch.maximum(total + ROUNDING * square, CANCELLED**2 * square).float()
+    return (torch.maximum(total + ROUNDING * square, CANCELLED**2 * square).sqrt() + lost).square().float()
 
 
 def _check(g_btp: Tensor, a_btd: Tensor) -> None:
@@ -250,7 +264,7 @@ def _launch(g_btp: Tensor, a_btd: Tensor) -> Tensor:
     tiles = pair_choices(batch, length, p + d, g_btp.dtype, device, precision)[0]
     blocks = ceil_div(length, tiles.BLOCK)
     slots = blocks * (blocks + 1) // 2
-    out = torch.empty((batch, slots, 2), dtype=torch.float32, device=g_btp.device)
+    out = torch.empty((batch, slots, 4), dtype=torch.float32, device=g_btp.device)
     allocate_descriptors()
     programs = min(batch * slots, tiles.programs(g_btp.element_size(), device))
     ghost_norm_kernel[(programs,)](
@@ -279,8 +293,8 @@ torch.library.register_fake("flashnorm::ghost_norm", _fake, lib=_library)
 
 
 def _aten_slots(g_btp: Tensor, a_btd: Tensor, *, slots: int) -> Tensor:
-    """The template's output from ATen: the norm in the first slot, and no reach, since rounding is in it already."""
-    return torch.nn.functional.pad(aten_ghost_norm(g_btp, a_btd)[:, None, None], (0, 1, 0, slots - 1))
+    """The template's output from ATen: the norm in the first slot, and nothing else, since rounding is in it already."""
+    return torch.nn.functional.pad(aten_ghost_norm(g_btp, a_btd)[:, None, None], (0, 3, 0, slots - 1))
 
 
 _kernel = lowering.Kernel("ghost_norm", _TEMPLATE, _aten_slots)
@@ -289,13 +303,12 @@ _kernel = lowering.Kernel("ghost_norm", _TEMPLATE, _aten_slots)
 def _bounded_node(slots: Any) -> Any:
     """``_bounded`` in Inductor's IR: one reduction, fused with what reads it."""
     sums = lowerings[aten.sum.dim_IntList](lowerings[prims.convert_element_type.default](slots, torch.float64), [1])
-    total, reach = (lowerings[aten.select.int](sums, 1, column) for column in (0, 1))
-    mul = lowerings[aten.mul.Tensor]
+    total, reach, lost = (lowerings[aten.select.int](sums, 1, column) for column in range(3))
+    mul, add = lowerings[aten.mul.Tensor], lowerings[aten.add.Tensor]
     square = mul(reach, reach)
-    above = lowerings[aten.add.Tensor](total, mul(square, ROUNDING))
-    return lowerings[prims.convert_element_type.default](
-        lowerings[aten.maximum.default](above, mul(square, CANCELLED**2)), torch.float32
-    )
+    bounded = lowerings[aten.maximum.default](add(total, mul(square, ROUNDING)), mul(square, CANCELLED**2))
+    norm = add(lowerings[aten.sqrt.default](bounded), lost)
+    return lowerings[prims.convert_element_type.default](mul(norm, norm), torch.float32)
 
 
 def _lower(g: Any, a: Any) -> Any:
@@ -320,7 +333,7 @@ def _lower(g: Any, a: Any) -> Any:
         )
         for tiles in choices
     ]
-    layout = lowering.output_layout([batch, slots, 2], where)
+    layout = lowering.output_layout([batch, slots, 4], where)
     return _bounded_node(_kernel.lower([g, a], layout, candidates, slots=slots))
 
 

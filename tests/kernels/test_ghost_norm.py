@@ -25,7 +25,7 @@ def run(g: Tensor, a: Tensor, block: int, layouts: tuple[int, int], order: list[
     batch, length, p = g.shape
     blocks = ceil_div(length, block)
     slots = slots or max(1, blocks * (blocks + 1) // 2)
-    out = poisoned(batch, slots, 2)
+    out = poisoned(batch, slots, 4)
     interpret(
         module.ghost_norm_kernel, order, g, a, out, batch, length, p, a.shape[2], slots, *g.stride(), *a.stride(),
         block, 16, *layouts, "ieee",
@@ -73,6 +73,19 @@ def test_terms_that_cancel_count_as_their_rounding(dtype: torch.dtype) -> None:
     kernel = module._bounded(run(g, a, 16, (POINTERS, POINTERS), [0, 1]))
     for norms in (kernel, ghost_norm(g, a)):
         torch.testing.assert_close(norms.double(), least, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(("g_scale", "a_scale"), [(1e-22, 1e18), (1e-30, 1e15), (1e18, 1e-22)])
+def test_squares_that_float32_cannot_hold(g_scale: float, a_scale: float) -> None:
+    """As where a layer that normalises follows one whose input is huge: clipped harder, never less, and rows of zeros cost nothing."""
+    g, a = torch.randn(3, 40, 9) * g_scale, torch.randn(3, 40, 7) * a_scale
+    g[1], a[2, 3:] = 0, 0
+    got = module._bounded(run(g, a, 16, (POINTERS, POINTERS), [0, 1])).double()
+    assert (got >= module.reference_ghost_norm(g, a)).all()
+    g[0] = torch.randn(40, 9)
+    g[0, 5:], a[0] = 0, torch.randn(40, 7)
+    got, exact = module._bounded(run(g, a, 16, (POINTERS, POINTERS), [0, 1])).double(), module.reference_ghost_norm(g, a)
+    torch.testing.assert_close(got[0], exact[0], rtol=RTOL, atol=0)
 
 
 def test_slots_beyond_the_pairs_are_zero() -> None:
