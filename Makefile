@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Tests run in this many processes, with one thread each.
-JOBS ?= 2
+# Tests run in this many processes, with one thread each: on two cores one more than these, as some wait for ranks and for deaths.
+JOBS ?= 3
 # Examples for each property of `make fuzz`.
 N ?= 2000
 # Further arguments for pytest, the demo or the benchmark: make test ARGS="-k ghost"
