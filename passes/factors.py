@@ -115,7 +115,7 @@ def product_norms(terms: Sequence[Outer]) -> Tensor:
     """[B]: the same for products alone."""
     outer = joined(terms)
     if isinstance(outer.g_btp.shape[1], int) and outer.g_btp.shape[1] == 1:
-        # An outer product: its norm is that of its factors, of which one's squares may be less than float32 holds, the other's more.
+        # An outer product: its norm is that of its factors. One's squares may be less than float32 holds, and the other's more.
         return outer.g_btp.double().square().sum((1, 2)) * outer.a_btd.double().square().sum((1, 2))
     return torch.ops.flashnorm.ghost_norm(outer.g_btp, outer.a_btd)
 

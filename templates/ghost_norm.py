@@ -18,9 +18,9 @@ What rounding may hide. These terms cancel where the gradient's own terms do, an
     sqrt( max( sum + ROUNDING * reach^2,  (CANCELLED * reach)^2 ) ) + lost,
 
 so that a sample is clipped harder than by exact arithmetic, never less. ROUNDING is what float32 sums of this form lose at worst in
-practice, not a worst case over all inputs. ``lost``: the squares of a row shorter than SHORTEST may be less than float32 can hold, and
-beside a huge partner (an input of 1e18 in front of a layer that normalises) they matter; such a row counts with that length. Rows
-of zeros do too, which adds nothing that can be seen.
+practice, not a worst case over all inputs. ``lost``: the squares of a row shorter than SHORTEST may be less than float32 can hold,
+and beside a huge partner (an input of 1e18 in front of a layer that normalises) they matter; such a row counts with that length.
+Rows of zeros do too, which adds nothing that can be seen.
 
 On a CPU, where the first bound would be DOUBTFUL of the sum or more, or where short rows are not zero, the sample's products are
 taken again in float64, and only CANCELLED is needed.
