@@ -14,6 +14,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <utility>
 #include <vector>
 
@@ -104,10 +105,11 @@ void inner_products(const float* x, const float* y, int64_t rows, int columns, i
   }
 }
 
-// What a row's squared length may lack: nothing if it is large enough or the row is zero.
+// What a row's squared length may lack: the squares that are flushed to zero; nothing to speak of if it is large, or the row is zero.
 double lost(float squared_length, const float* row, int64_t width) {
   if (squared_length >= kTiny) return 0;
-  return std::any_of(row, row + width, [](float x) { return x != 0; }) ? kTiny : 0;
+  const bool zero = std::all_of(row, row + width, [](float x) { return x == 0; });
+  return zero ? 0 : static_cast<double>(std::numeric_limits<float>::min()) * width;
 }
 
 }  // namespace

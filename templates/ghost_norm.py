@@ -68,6 +68,7 @@ aten, prims = torch.ops.aten, torch.ops.prims
 CANCELLED = 1e-3
 # Four roundings of float32: products, two accumulations, and the sum over a tile.
 ROUNDING = 2.0**-22
+# Where that is more than this share of the sum, a CPU takes the sample again in float64.
 DOUBTFUL = 2.0**-12
 # The square of a shorter row may lack terms that float32 cannot hold.
 SHORTEST = tl.constexpr(2.0**-48)
@@ -226,7 +227,8 @@ def cpu_ghost_norm(g_btp: Tensor, a_btd: Tensor) -> Tensor:
         )  # fmt: skip
     total, reach, missing = parts.unbind(1)
     rounding = ROUNDING * reach.square()
-    sure = total.isfinite() & (rounding <= DOUBTFUL * total) & (missing.square() <= DOUBTFUL * rounding)
+    # (sqrt(total) + missing)^2 is no more than the total and its rounding, as neither root exceeds the reach.
+    sure = total.isfinite() & (rounding <= DOUBTFUL * total) & (4 * missing <= ROUNDING * reach)
     norms = (total + rounding).float()
     if not bool(sure.all()):
         again = (~sure).nonzero()[:, 0]
