@@ -170,7 +170,7 @@ def part_of(plan: ParameterPlan, values: Values, sizes: Sizes) -> Part:
         return Factored(plan, norms_sq, values, scaled_by_kernels(plan.factors, terms, fused))
     if plan.norms == "flash":
         products: list[Any] = [factor_values(factor, values, sizes) for factor in plan.factors]
-        norms_sq = kernels.squared_products(products) if fused else squared_products(products)
+        norms_sq = squared_products(products)
         return Factored(plan, norms_sq, values, scaled_by_kernels(plan.factors, products, fused))
     if fused and plan.chosen == "materialize" and _is_product(plan):
         return Stored(gradient, *_products(plan, values, sizes))

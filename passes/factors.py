@@ -132,7 +132,7 @@ def squared_products(terms: Sequence[Outer]) -> Tensor:
 
     The released sum is another product, whose rounding differs: the same least norm holds as for inner products.
     """
-    outer = Outer(_joined([o.g_btp for o in terms]), _joined([o.a_btd for o in terms]))
+    outer = joined(terms)
     norms = torch.ops.flashnorm.flash_norm(outer.g_btp, outer.a_btd)
     return torch.maximum(norms, (CANCELLED * reach_of(outer)).square().float())
 

@@ -56,12 +56,6 @@ def squared_norms(terms: list[Outer | Rows]) -> Tensor:
     return torch.maximum(total, (CANCELLED * (reach_of(outer) + reach_of_rows(row))).square().float())
 
 
-def squared_products(terms: list[Outer]) -> Tensor:
-    """float32 [B]: ``factors.squared_products`` ("flash")."""
-    outer = joined(terms)
-    return torch.maximum(ops.flash_norm(outer.g_btp, outer.a_btd), (CANCELLED * reach_of(outer)).square().float())
-
-
 def products(terms: list[Outer], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Every sample's sum of products [B, p, d] in ``dtype``, and the squared norms of what is stored, float32 [B], if the same
     kernel gives them."""
