@@ -149,7 +149,8 @@ def test_a_default_device_does_not_reach_into_private_steps(backend: str) -> Non
         step(x).backward()
         for name, p in model.named_parameters():
             torch.testing.assert_close(p.grad, want[name], rtol=1e-5, atol=1e-7)
-        flashnorm_compile.privacy(model).noise_multiplier = 1.0
+        flashnorm_compile.privacy(model).noise_multiplier = 1e4
         model.zero_grad()
         step(x).backward()
+    # 250 in each element, of which the smallest parameter has two: nearer than 0.01 once in 1e9 runs.
     assert all((p.grad - want[name]).norm() > 0.01 for name, p in model.named_parameters())
