@@ -44,6 +44,8 @@ demo: $(VENV)/.demo ## Train a small GPT with DP-SGD on the Python standard libr
 # Inductor reads the processor's vector instructions from the system; that the compiler knows them too takes it a quarter of a minute
 # to find out.
 test: export TORCHINDUCTOR_VEC_ISA_OK ?= 1
+# Memory that a compilation leaves behind is found soon enough.
+test: export TORCH_DYNAMO_RUN_GC_AFTER_COMPILE ?= 0
 test: $(VENV)/.dev ## Run the tests.
 	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 

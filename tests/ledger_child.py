@@ -1,15 +1,10 @@
-"""Run by test_ledger in processes that are killed: a training loop with a ledger that says what its optimizer applied.
-
-``python ledger_child.py loop LEDGER APPLIED`` steps with the real engine, guard and state behind a stand-in for a compiled
-graph; ``compiled`` does the same with a model compiled by ``flashnorm_eager``. One byte goes to APPLIED *before* each
-``optimizer.step()``: the file can hold more than was applied, never less.
-"""
+"""Run by test_ledger in processes that are killed: a training loop with a ledger that says what its optimizer applied."""
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from stand_in import Private, weights
@@ -21,7 +16,7 @@ X = torch.tensor([[3.0, 4.0, 0.0], [0.1, 0.0, 0.0]])
 
 
 def stand_in() -> tuple[nn.Module, Callable[[], Tensor]]:
-    """A model of one weight, and its loss."""
+    """A model of one weight, and its loss, with the real engine, guard and state behind a stand-in for a compiled graph."""
     model = nn.ParameterList(weights(1))
     graph = Private(*model, noise_multiplier=1.0)
     return model, lambda: graph(X)
@@ -35,9 +30,10 @@ def compiled() -> tuple[nn.Module, Callable[[], Tensor]]:
     return model, lambda: loss(X)
 
 
-def main(kind: str, ledger: str, applied: str) -> None:
-    """Trains until it is killed."""
-    model, loss = compiled() if kind == "compiled" else stand_in()
+def train(make: Callable[[], tuple[nn.Module, Callable[[], Tensor]]], ledger: Path, applied: Path) -> None:
+    """Steps until it is killed. One byte goes to ``applied`` *before* each ``optimizer.step()``: the file can hold more than was
+    applied, never less."""
+    model, loss = make()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     state = privacy(model)
     state.record_to(ledger)
@@ -49,21 +45,3 @@ def main(kind: str, ledger: str, applied: str) -> None:
         os.write(file, b".")
         optimizer.step()
         optimizer.zero_grad()
-
-
-if __name__ == "__main__":
-    if sys.argv[1] == "serve":
-        # Forked children start in a moment: importing torch 50 times would take minutes.
-        sys.stdout.write("ready\n")
-        sys.stdout.flush()
-        for line in sys.stdin:
-            child = os.fork()
-            if child == 0:
-                main("loop", *line.split())
-            sys.stdout.write(f"{child}\n")
-            sys.stdout.flush()
-            os.waitpid(child, 0)
-            sys.stdout.write("gone\n")
-            sys.stdout.flush()
-    else:
-        main(*sys.argv[1:])

@@ -202,7 +202,7 @@ class TestNoise:
         prepared.set_privacy(Privacy(0.5, 3.0))
         expected = 3.0 * 0.5 / 4
         first, second = ((self._released(prepared) - clean) / expected for _ in range(2))
-        # The standard deviation of 8320 values is known to 0.78 %: five and a half of those (once in 3e7), and 8 % off is found out.
+        # Of 8320 values it is known to 0.78 %: five and a half of those (once in 3e7), and 8 % off is found out.
         assert first.std().item() == pytest.approx(1.0, abs=0.043)
         assert abs(first.mean().item()) < 5.5 / len(first) ** 0.5
         one_layer, other_layer = first.chunk(2)

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import cache_child
+import forked
 import pytest
 import torch
 from models.zoo import ZOO
@@ -38,21 +40,19 @@ class Process:
     """Steps in processes of their own that share one cache directory."""
 
     def __init__(self, directory: Path) -> None:
-        self.environment = os.environ | {
-            "TORCHINDUCTOR_CACHE_DIR": str(directory),
-            "TORCHINDUCTOR_FX_GRAPH_CACHE": "1",
-            "TORCHINDUCTOR_AUTOGRAD_CACHE": "1",
-            # Known already: in a fresh directory each of them would compile to find out which instructions there are.
-            "TORCHINDUCTOR_VEC_ISA_OK": str(int(bool(cpu_vec_isa.pick_vec_isa()))),
-            "PYTHONPATH": str(HERE),
-            "OMP_NUM_THREADS": "1",
-        }
+        self.environment = {"TORCHINDUCTOR_CACHE_DIR": str(directory), "OMP_NUM_THREADS": "1"}
 
-    def __call__(self, backend: str, options: dict[str, Any]) -> tuple[Gradients, dict[str, int]]:
-        command = [sys.executable, str(HERE / "cache_child.py"), backend, json.dumps(options)]
-        run = subprocess.run(command, env=self.environment, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr[-4000:]
-        result = json.loads(run.stdout.splitlines()[-1])
+    def __call__(self, backend: str, options: dict[str, Any], program: bool = False) -> tuple[Gradients, dict[str, int]]:
+        """``program``: as another run of a script would be; else forked."""
+        arguments = (backend, options, bool(cpu_vec_isa.pick_vec_isa()))
+        if program:
+            command = [sys.executable, str(HERE / "cache_child.py"), json.dumps(arguments)]
+            environment = os.environ | self.environment | {"PYTHONPATH": str(HERE)}
+            run = subprocess.run(command, env=environment, capture_output=True, text=True)
+            assert run.returncode == 0, run.stderr[-4000:]
+            result = json.loads(run.stdout.splitlines()[-1])
+        else:
+            (result,) = forked.results(cache_child.step, [arguments], self.environment)
         gradients = {name: in_double(torch.tensor(value)) for name, value in result.pop("gradients").items()}
         return gradients, result
 
@@ -64,7 +64,7 @@ def _hits(counters: dict[str, int]) -> int:
 def test_private_artifacts_are_reused_by_their_like(tmp_path: Path) -> None:
     """Private, plain, private again, other options, noise: one directory, but each gets its own, and hits are real."""
     process, options = Process(tmp_path), _options("flat")
-    cold, counters = process("flashnorm", options)
+    cold, counters = process("flashnorm", options, program=True)
     assert _hits(counters) == 0
     assert_agree(cold, _want(options))
 
@@ -72,7 +72,7 @@ def test_private_artifacts_are_reused_by_their_like(tmp_path: Path) -> None:
     assert _hits(counters) == 0, f"a private artifact was served to a plain compile: {counters}"
     assert_agree(gradients, _plain())
 
-    warm, counters = process("flashnorm", options)
+    warm, counters = process("flashnorm", options, program=True)
     assert _hits(counters) > 0, f"the second process compiled again: {counters}"
     assert all(torch.equal(warm[name], cold[name]) for name in cold)
 

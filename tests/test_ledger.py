@@ -6,13 +6,15 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import forked
+import ledger_child
 import pytest
 import torch
 from flashnorm_compile.passes.errors import OptionsError, PrivacyError
@@ -23,7 +25,6 @@ from flashnorm_compile import privacy, read_ledger
 from flashnorm_compile.accounting import History, Ledger, Mechanism, Release, Sampling
 from flashnorm_compile.state import PrivacyState
 
-CHILD = Path(__file__).with_name("ledger_child.py")
 X = torch.tensor([[3.0, 4.0, 0.0], [0.1, 0.0, 0.0]])
 POISSON = Sampling("poisson", 0.01, 1000)
 ONE = Release(Mechanism(1.0, POISSON), ("5f0c", 0), 2)
@@ -233,60 +234,36 @@ def test_creation_is_all_or_nothing(path: Path, monkeypatch: pytest.MonkeyPatch)
     assert list(path.parent.iterdir()) == []
 
 
-class Server:
-    """A process that forks training loops on demand, so that torch is imported once."""
-
-    def __init__(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(CHILD), "serve"]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-        assert self._answer() == "ready"
-
-    def _answer(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
-
-    def start(self, ledger: Path, applied: Path) -> int:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{ledger} {applied}\n")
-        self.process.stdin.flush()
-        return int(self._answer())
-
-    def kill(self, child: int) -> None:
-        os.kill(child, signal.SIGKILL)
-        assert self._answer() == "gone"
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.process.kill()
-    server.process.communicate()
-
-
 def size_of(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def wait_for(applied: Path, size: int, process: subprocess.Popen[bytes] | None = None) -> None:
+def wait_for(applied: Path, size: int, process: BaseProcess) -> None:
     deadline = time.monotonic() + 120
     while size_of(applied) < size:
         assert time.monotonic() < deadline
-        assert process is None or process.poll() is None
+        assert process.is_alive()
         time.sleep(0.001)
 
 
-def test_kill_at_random_points(server: Server, path: Path) -> None:
+@contextmanager
+def killed_at_the_end(process: BaseProcess) -> Iterator[BaseProcess]:
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
+
+
+def test_kill_at_random_points(path: Path) -> None:
     """One training that is killed 50 times and resumed from its ledger alone."""
     applied, generator = path.with_name("applied"), random.Random(7)
     for attempt in range(50):
         before = size_of(applied)
-        child = server.start(path, applied)
-        if attempt % 5:  # else it may die before its first step, or while it makes the ledger
-            wait_for(applied, before + 1)
-        time.sleep(generator.uniform(0.0, 0.03))
-        server.kill(child)
+        with killed_at_the_end(forked.start(ledger_child.train, ledger_child.stand_in, path, applied)) as process:
+            if attempt % 5:  # else it may die before its first step, or while it makes the ledger
+                wait_for(applied, before + 1, process)
+            time.sleep(generator.uniform(0.0, 0.03))
         if not path.exists():
             assert size_of(applied) == 0
             continue
@@ -301,14 +278,9 @@ def test_kill_at_random_points(server: Server, path: Path) -> None:
 
 def test_kill_with_a_compiled_model(path: Path) -> None:
     applied, generator = path.with_name("applied"), random.Random(8)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for attempt in range(2):
         before = size_of(applied)
-        process = subprocess.Popen([sys.executable, str(CHILD), "compiled", str(path), str(applied)], env=environment)
-        try:
+        with killed_at_the_end(forked.start(ledger_child.train, ledger_child.compiled, path, applied)) as process:
             wait_for(applied, before + 3, process)
             time.sleep(generator.uniform(0.0, 0.03))
-        finally:
-            process.kill()
-            process.wait()
         assert size_of(applied) <= read_ledger(path).releases <= size_of(applied) + attempt + 1

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import subprocess
-import sys
 from typing import Any
 
+import forked
+import noise_child
 import pytest
 import torch
 from oracle import Gradients, gradients_of
@@ -215,27 +214,13 @@ def test_scale_through_inductor() -> None:
     assert uncorrelated(blocks[1], blocks[2])
 
 
-CHILD = """
-import json, sys, torch
-from models.algebra import Mlp
-torch.manual_seed(0)
-model, x = Mlp(width=64), torch.ones(4, 6)
-options = {"max_grad_norm": 0.7, "noise_multiplier": 1.3, "loss_reduction": "sum", "seed": json.loads(sys.argv[2])}
-torch.compile(model, backend=sys.argv[1], options=options)(x).square().sum().backward()
-print(json.dumps([value for p in model.parameters() for value in p.grad.flatten().tolist()]))
-"""
-
-
 @pytest.fixture(scope="module")
 def processes() -> list[Tensor]:
     """Gradients of one and the same step from four processes: two without a seed, two with the same one."""
     backend = os.environ.get("FLASHNORM_TEST_BACKEND", "flashnorm_eager")
-    environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__), "OMP_NUM_THREADS": "1"}
-    commands = [[sys.executable, "-c", CHILD, backend, seed] for seed in ("null", "null", "7", "7")]
-    running = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for command in commands]
-    outputs = [process.communicate()[0] for process in running]
-    assert all(process.returncode == 0 for process in running)
-    return [torch.tensor(json.loads(output.splitlines()[-1])) for output in outputs]
+    options = {"max_grad_norm": NORM, "noise_multiplier": SIGMA, "loss_reduction": "sum"}
+    each = [(backend, options | {"seed": seed}) for seed in (None, None, 7, 7)]
+    return [torch.tensor(found) for found in forked.results(noise_child.released, each)]
 
 
 @pytest.mark.parametrize("other", [1, 2], ids=["unseeded", "seeded"])
