@@ -49,6 +49,12 @@ CASES: dict[str, Callable[[], Problem]] = {
 }
 
 
+@pytest.fixture(scope="module", params=CASES)
+def name(request: pytest.FixtureRequest) -> str:
+    """Of the module's scope: all tests of one case come one after the other, and share what is generated for it."""
+    return str(request.param)
+
+
 @dataclass(frozen=True)
 class Step:
     """The generated code of one step; the plan, and the kernels that it names, counted before the rewrite takes the graph apart."""
@@ -128,7 +134,6 @@ def planned_sizes(plan: Plan) -> set[int]:
     return sizes
 
 
-@pytest.mark.parametrize("name", CASES)
 def test_generated_code_is_the_plan(name: str) -> None:
     private = step(name, private=True)
     assert private.plan is not None
@@ -170,7 +175,6 @@ def _released(plan: Plan, summed: bool) -> list[Any]:
     return [parameter.gradient.node.meta["val"] for parameter in parts]  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("name", CASES)
 def test_no_large_buffer_is_unaccounted_for(name: str) -> None:
     private, plain, plan = both(name)
     known = planned_sizes(plan) | {storage.nbytes for one in plain.graphs for storage in one.walked.allocations}  # type: ignore[union-attr]
@@ -178,7 +182,6 @@ def test_no_large_buffer_is_unaccounted_for(name: str) -> None:
     assert [nbytes for nbytes in made if nbytes >= MIB and nbytes not in known] == []
 
 
-@pytest.mark.parametrize("name", CASES)
 def test_peak_memory_is_what_the_plan_says_and_within_the_budget(name: str) -> None:
     private, plain, plan = both(name)
     assert private.peak_bytes <= 1.1 * plain.peak_bytes
@@ -186,7 +189,6 @@ def test_peak_memory_is_what_the_plan_says_and_within_the_budget(name: str) -> N
     assert plan.private_peak == pytest.approx(private.peak_bytes, rel=0.1)
 
 
-@pytest.mark.parametrize("name", CASES)
 def test_bytes_moved_are_what_the_plan_says(name: str) -> None:
     private, plain, plan = both(name)
     assert plain.nbytes + plan.traffic == pytest.approx(private.nbytes, rel=0.1)
