@@ -53,8 +53,8 @@ def train(
     return trainer
 
 
-def tiny_llama(vocabulary: int = 64) -> PreTrainedModel:
-    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+def tiny_llama(vocabulary: int = 64, layers: int = 2) -> PreTrainedModel:
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": layers, "num_attention_heads": 2}
     return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, max_position_embeddings=TOKENS, **sizes))
 
 

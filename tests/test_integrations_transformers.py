@@ -45,7 +45,7 @@ def model_loss(data: list[dict[str, Tensor]], normalizer: float) -> Any:
 
 
 def problem(**changes: Any) -> tuple[Any, list[dict[str, Tensor]], dict[str, Any]]:
-    model, data = hf_trainer.tiny_llama(VOCABULARY), records()
+    model, data = hf_trainer.tiny_llama(VOCABULARY, layers=1), records()
     normalizer = TOKENS - 1.0
     return model, data, clipping_options(model, model_loss(data, normalizer), N, loss_normalizer=normalizer, **changes)
 
@@ -127,7 +127,7 @@ def test_epsilon_is_in_the_logs_of_everybody(tmp_path: Path, backend: str) -> No
 
 def test_peft_lora(tmp_path: Path, backend: str) -> None:
     """Two micro-batches for each step; only the adapters train. LoRA's B starts at zero, so that A has no gradient at first."""
-    base, data, normalizer = hf_trainer.tiny_llama(VOCABULARY), records(), TOKENS - 1.0
+    base, data, normalizer = hf_trainer.tiny_llama(VOCABULARY, layers=1), records(), TOKENS - 1.0
     model = peft_lora.with_adapters(base)
     loss = model_loss(data, normalizer)
     options = clipping_options(model, loss, N, loss_normalizer=normalizer)

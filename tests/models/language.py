@@ -75,8 +75,8 @@ def llama() -> nn.Module:
 
 
 def bert_masked() -> nn.Module:
-    """BERT with its masked-language head (tied)."""
-    return transformers.BertForMaskedLM(transformers.BertConfig(**_BERT)).train()
+    """BERT of one layer with its masked-language head (tied)."""
+    return transformers.BertForMaskedLM(transformers.BertConfig(**_BERT | {"num_hidden_layers": 1})).train()
 
 
 def bert_classifier(attention: str = "eager") -> nn.Module:
