@@ -22,6 +22,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.symbolic_shapes import StrictMinMaxConstraint
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -193,6 +194,11 @@ def _plain(desc: Any) -> Any:
     while isinstance(desc, SubclassGetAttrAOTOutput):
         desc = desc.base
     return desc
+
+
+def never_run(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """A module for a graph that is looked at and taken apart only: no code is generated for it."""
+    return _LazyGraphModule(root, graph)
 
 
 def partitioned_backward(joint: fx.GraphModule) -> fx.Graph:

@@ -183,7 +183,7 @@ def _copied(graph: fx.Graph) -> fx.GraphModule:
     for old, new in mapping.items():
         new.meta = copy.copy(old.meta)
     assert graph.owning_module is not None
-    return fx.GraphModule(graph.owning_module, twin)
+    return _compat.never_run(graph.owning_module, twin)
 
 
 # Kernels that read their operands from memory; what they read is never fused away.
