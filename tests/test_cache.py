@@ -15,7 +15,6 @@ import pytest
 import torch
 from models.zoo import ZOO
 from oracle import Gradients, assert_agree, case_gradients, clip, halving_options, in_double
-from torch._inductor import cpu_vec_isa
 
 pytestmark = pytest.mark.slow
 
@@ -44,7 +43,7 @@ class Process:
 
     def __call__(self, backend: str, options: dict[str, Any], program: bool = False) -> tuple[Gradients, dict[str, int]]:
         """``program``: as another run of a script would be; else forked."""
-        arguments = (backend, options, bool(cpu_vec_isa.pick_vec_isa()))
+        arguments = (backend, options)
         if program:
             command = [sys.executable, str(HERE / "cache_child.py"), json.dumps(arguments)]
             environment = os.environ | self.environment | {"PYTHONPATH": str(HERE)}

@@ -80,8 +80,8 @@ def bert_masked() -> nn.Module:
 
 
 def bert_classifier(attention: str = "eager") -> nn.Module:
-    """BERT with three classes."""
-    narrow = {"initializer_range": 0.12}  # the pooler's tanh saturates beyond
+    """BERT of one layer with three classes."""
+    narrow = {"initializer_range": 0.12, "num_hidden_layers": 1}  # the pooler's tanh saturates beyond
     config = transformers.BertConfig(**_BERT | narrow, num_labels=3, attn_implementation=attention)
     config.problem_type = "single_label_classification"
     return transformers.BertForSequenceClassification(config).train()
