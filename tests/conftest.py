@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import forked
 import pytest
 import torch
 from torch._dynamo import guards
@@ -25,10 +26,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """The millions of objects that the imports made stay: looking through them again took a tenth of the time of compilations."""
     gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
+    forked.imports_stay()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
