@@ -14,6 +14,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_token = os.urandom(32)
+
+
+def _renew() -> None:
+    global _token
+    _token = os.urandom(32)
+
+
+os.register_at_fork(after_in_child=_renew)
+
+
+def _this_process() -> bytes:
+    """Different in every process. Numbers of processes come again, after many others or in another container, so that a fork of
+    Python's gets a token of its own; the number tells apart what is forked behind Python's back."""
+    return _token + os.getpid().to_bytes(8, "little")
+
 
 class NoiseKey:
     """256 bits from the operating system, bound to this process: a fork that inherits them draws other noise."""
@@ -22,7 +38,7 @@ class NoiseKey:
         self._secret = os.urandom(32)
         self._salt = b""
         self._repeatable = False
-        self._owner: int | None = None
+        self._owner: bytes | None = None
 
     def seed(self, text: str) -> None:
         """Makes the noise a function of ``text``, the same in every process. For tests."""
@@ -41,15 +57,15 @@ class NoiseKey:
         """Draws what the rank draws that ``shared`` comes from: the secret is no longer bound to one process, but a fork of
         this one still draws other noise."""
         self._secret, self._salt = shared[:32], shared[32:]
-        self._owner = os.getpid()
+        self._owner = _this_process()
 
     def words(self, release: int, streams: Tensor) -> Tensor:
         """int64 [P, 2]: generator key and stream of each parameter in the release of this number; ``streams``: int64 [P].
 
         They are made on the device of ``streams``: a copy from the host would make every step wait for the device.
         """
-        mine = self._repeatable or self._owner == os.getpid()
-        process = b"" if mine else os.getpid().to_bytes(8, "little")
+        mine = self._repeatable or self._owner == _this_process()
+        process = b"" if mine else _this_process()
         digest = hashlib.shake_128(self._secret + self._salt + process + release.to_bytes(8, "little")).digest(16)
         key, stream = struct.unpack("<qq", digest)
         words = streams.new_empty((len(streams), 2))

@@ -135,15 +135,27 @@ def test_noise_follows_the_name_of_a_parameter() -> None:
     assert not torch.equal(one.words(1, streams_of("a")), before)
 
 
-def test_a_fork_draws_other_noise() -> None:
-    key, streams = NoiseKey(), streams_of(["a"])
-    key.take(key.share())
+def words_in_a_fork(key: NoiseKey, streams: torch.Tensor) -> bytes:
     read, write = os.pipe()
     if os.fork() == 0:
         os.write(write, key.words(1, streams).numpy().tobytes())
         os._exit(0)
     os.wait()
-    assert os.read(read, 64) != key.words(1, streams).numpy().tobytes()
+    return os.read(read, 64)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("one_number", [False, True])
+def test_forks_draw_other_noise(shared: bool, one_number: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Than the process that they come from and than each other, also where all are process 1 of a container of their own."""
+    if one_number:
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+    key, streams = NoiseKey(), streams_of(["a"])
+    if shared:
+        key.take(key.share())
+    mine = key.words(1, streams).numpy().tobytes()
+    assert len({mine, words_in_a_fork(key, streams), words_in_a_fork(key, streams)}) == 3
+    assert key.words(1, streams).numpy().tobytes() == mine
 
 
 def test_identical_blocks_have_their_own_rows() -> None:
